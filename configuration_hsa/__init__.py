@@ -1,0 +1,6 @@
+"""`HSAConfig`, the configuration of Hierarchical Sparse Attention models."""
+
+from .configuration_hsa import HSAConfig
+
+
+__all__ = ["HSAConfig"]
