@@ -28,7 +28,7 @@ class HSAConfig(PreTrainedConfig):
             Number of tokens of the vocabulary.
         hidden_size (`int`, *optional*, defaults to 1024):
             Width of the residual stream.
-        intermediate_size (`int`, *optional*, defaults to 2816):
+        intermediate_size (`int`, *optional*, defaults to 3072):
             Width of the gated MLP of the decoder layers.
         num_lower_layers (`int`, *optional*, defaults to 8):
             Sliding-window layers below the chunk encoder.
@@ -131,7 +131,7 @@ class HSAConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 1024
-    intermediate_size: int = 2816
+    intermediate_size: int = 3072
     num_lower_layers: int = 8
     num_upper_layers: int = 6
     num_upper_groups: int = 2

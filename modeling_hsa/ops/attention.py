@@ -87,7 +87,7 @@ class _Block:
         return queries, keys, values, scores
 
     def forward(self):
-        """Outputs [n, K, kv heads, G, D] and log-sum-exps [n, K, kv heads, G] fp32 of all pairs, 0 and -inf if absent."""
+        """Outputs [n, K, kv heads, G, D] and log-sum-exps [n, K, kv heads, G] of all pairs; absent: 0, -inf."""
         pairs = (self.num_pairs, self.kv_heads, self.group)
         outputs = self.q.new_zeros(*pairs, self.head_dim)
         lse = _widen(self.q.new_full(pairs, float("-inf")))
