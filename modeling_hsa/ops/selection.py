@@ -6,7 +6,9 @@ Chunk selection in plain PyTorch, for any device: streams over blocks of landmar
 import torch
 
 
-_BLOCK_ELEMENTS = 1 << 22  # scores (or gathered landmark entries) held at once
+# Scores, or gathered landmark entries, held at once.
+_BLOCK_ELEMENTS = 1 << 22
+_ABSENT = torch.iinfo(torch.int64).min
 
 
 def _ordered_keys(scores: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
@@ -19,43 +21,51 @@ def _ordered_keys(scores: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
     return (bits << 32) | chunk
 
 
+def _split_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores and chunks of `_ordered_keys`, nearest chunk first; -inf and -1 where there is none."""
+    chunk = (keys & 0xFFFFFFFF).masked_fill(keys == _ABSENT, -1)
+    chunk, order = chunk.sort(dim=-1, descending=True)
+    bits = keys.gather(-1, order) >> 32
+    scores = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int32).view(torch.float32)
+    return scores.masked_fill(chunk < 0, float("-inf")), chunk.to(torch.int32)
+
+
 def _best_keys(q, landmarks, first, end, topk, scale):
-    """q [n, d], landmarks [c, d] fp32, first and end [n] -> the `topk` best keys [n, topk] of each query."""
-    absent = torch.iinfo(torch.int64).min
-    best = torch.full((q.shape[0], topk), absent, dtype=torch.int64, device=q.device)
-    block = max(topk, _BLOCK_ELEMENTS // max(q.shape[0], 1))
-    start, stop = (int(first.min()), min(int(end.max()), landmarks.shape[0])) if q.shape[0] else (0, 0)
+    """q [rows, n, d], landmarks [rows, c, d], first and end [rows, n] -> the `topk` best keys of each query."""
+    rows, length, _ = q.shape
+    best = torch.full((rows, length, topk), _ABSENT, dtype=torch.int64, device=q.device)
+    start, stop = 0, landmarks.shape[1]
+    block = max(topk, _BLOCK_ELEMENTS // (rows * length))
+    if stop > block:  # worth a look at what is visible at all
+        start, stop = int(first.min()), min(int(end.max()), stop)
     for c in range(start, stop, block):
         chunk = torch.arange(c, min(c + block, stop), device=q.device)
-        scores = (q @ landmarks[c : c + len(chunk)].T) * scale
+        scores = (q.float() @ landmarks[:, c : c + len(chunk)].float().transpose(1, 2)) * scale
         keys = _ordered_keys(scores, chunk)
-        keys.masked_fill_((chunk < first[:, None]) | (chunk >= end[:, None]), absent)
+        keys = keys.masked_fill((chunk < first[..., None]) | (chunk >= end[..., None]), _ABSENT)
         best = torch.cat([best, keys], dim=-1).topk(topk, dim=-1).values
     return best
 
 
 class _SelectChunks(torch.autograd.Function):
+    """q [rows, L, d], landmarks [rows, C, d], first and end [rows, L]; a row is a retrieval head of a batch entry."""
+
     @staticmethod
     def forward(ctx, q, landmarks, first, end, topk, scale):
-        batch, length, heads, _ = q.shape
-        best = torch.empty(batch, length, heads, topk, dtype=torch.int64, device=q.device)
-        # A block of queries sees a block of landmarks at a time, so both are bounded.
+        rows, length, _ = q.shape
+        num_chunks = landmarks.shape[1]
+        best = torch.empty(rows, length, topk, dtype=torch.int64, device=q.device)
+        # As many queries as leave room for a thousand landmarks at a time, and as many rows as then fit.
         step = max(1, min(length, _BLOCK_ELEMENTS // max(1024, 2 * topk)))
-        for b in range(batch):
-            for r in range(heads):
-                keys = landmarks[b, :, r].float()
-                for t in range(0, length, step):
-                    block = slice(t, t + step)
-                    best[b, block, r] = _best_keys(
-                        q[b, block, r].float(), keys, first[b, block], end[b, block], topk, scale
-                    )
-        absent = best == torch.iinfo(torch.int64).min
-        indices = (best & 0xFFFFFFFF).masked_fill_(absent, -1)
-        indices, order = indices.sort(dim=-1, descending=True)
-        bits = best.gather(-1, order) >> 32
-        scores = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int32).view(torch.float32)
-        scores = scores.masked_fill(indices < 0, float("-inf"))
-        indices = indices.to(torch.int32)
+        row_step = max(1, _BLOCK_ELEMENTS // (step * (num_chunks + topk)))
+        for b in range(0, rows, row_step):
+            row = slice(b, b + row_step)
+            for t in range(0, length, step):
+                block = slice(t, t + step)
+                best[row, block] = _best_keys(
+                    q[row, block], landmarks[row], first[row, block], end[row, block], topk, scale
+                )
+        scores, indices = _split_keys(best)
         ctx.save_for_backward(q, landmarks, indices)
         ctx.scale = scale
         ctx.mark_non_differentiable(indices)
@@ -64,27 +74,28 @@ class _SelectChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_scores, _):
         q, landmarks, indices = ctx.saved_tensors
-        batch, length, heads, dim = q.shape
-        d_scores = (d_scores * ctx.scale).masked_fill(indices < 0, 0.0)
-        d_q = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        d_landmarks = torch.zeros(landmarks.shape, dtype=torch.float32, device=q.device)
+        rows, num_chunks, dim = landmarks.shape
+        row = torch.arange(rows, device=q.device)[:, None, None] * num_chunks
+        chunk = (indices.clamp(min=0) + row).flatten(0, 1)
+        d_scores = (d_scores * ctx.scale).masked_fill(indices < 0, 0.0).flatten(0, 1)
+        flat_q, flat_landmarks = q.reshape(-1, dim), landmarks.reshape(-1, dim)
+        d_q = torch.empty(flat_q.shape, dtype=torch.float32, device=q.device)
+        d_landmarks = torch.zeros(flat_landmarks.shape, dtype=torch.float32, device=q.device)
         step = max(1, _BLOCK_ELEMENTS // (indices.shape[-1] * dim))
-        for b in range(batch):
-            for r in range(heads):
-                keys, d_keys = landmarks[b, :, r].float(), torch.zeros_like(d_landmarks[b, :, r])
-                for t in range(0, length, step):
-                    block = slice(t, t + step)
-                    chunk = indices[b, block, r].long().clamp(min=0)
-                    ds = d_scores[b, block, r]
-                    d_q[b, block, r] = torch.einsum("lk,lkd->ld", ds, keys[chunk])
-                    contributions = ds[..., None] * q[b, block, r].float()[:, None]
-                    d_keys.index_add_(0, chunk.flatten(), contributions.flatten(0, 1))
-                d_landmarks[b, :, r] = d_keys
-        return d_q.to(q.dtype), d_landmarks.to(landmarks.dtype), None, None, None, None
+        for t in range(0, len(flat_q), step):
+            block = slice(t, t + step)
+            ds = d_scores[block]
+            d_q[block] = (ds[:, None] @ flat_landmarks[chunk[block]].float()).squeeze(1)
+            contributions = ds[..., None] * flat_q[block].float()[:, None]
+            d_landmarks.index_add_(0, chunk[block].flatten(), contributions.flatten(0, 1))
+        return d_q.view(q.shape).to(q.dtype), d_landmarks.view(landmarks.shape).to(landmarks.dtype), *[None] * 4
 
 
 def select_chunks(q, landmarks, first, end, *, topk, scale):
     """See `modeling_hsa.ops.select_chunks`; `first` and `end` are int64 [1 | B, L]."""
-    first, end = (x.expand(q.shape[0], -1) for x in (first, end))
+    batch, length, heads, _ = q.shape
+    rows_q, rows_landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
+    first, end = (x.expand(batch, length).repeat_interleave(heads, dim=0) for x in (first, end))
     with torch.autocast(device_type=q.device.type, enabled=False):
-        return _SelectChunks.apply(q, landmarks, first, end, topk, scale)
+        scores, indices = _SelectChunks.apply(rows_q, rows_landmarks, first, end, topk, scale)
+    return tuple(x.unflatten(0, (batch, heads)).transpose(1, 2) for x in (scores, indices))
