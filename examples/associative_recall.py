@@ -3,10 +3,11 @@ Does the retrieval path learn? Multi-query associative recall, far beyond the sl
 
     python examples/associative_recall.py --output out/recall
 
-A sequence is a memory of key-value pairs scattered over filler tokens, a gap longer than the window, and questions: a key,
-to be answered with its value. Nothing but retrieval can answer. A tiny model is trained on a task that grows, from a few
-chunks up to the training length, whenever it is mastered; the same weights are then tested at 4 and 16 times that length,
-and once more with the output of the HSA layers switched off. Writes results.json, a plot and the model.
+A sequence is a memory of key-value pairs scattered over filler tokens, a gap longer than the window, and questions: a
+key, to be answered with its value. Nothing but retrieval can answer. A tiny model is trained on a task that grows,
+from a few chunks up to the training length, whenever it is mastered; the same weights are then tested at 4 and 16
+times that length, and once more with the output of the HSA layers switched off. Writes results.json, a plot and the
+model.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def make_batch(batch: int, memory_chunks: int, questions: int, gap: int, device:
     then `gap` fillers; then the questions.
 
     Returns:
-        input_ids, labels (-100 except for the answers), both int64 [batch, memory_chunks * 16 + gap + 2 * questions], and
-        the chunk that holds each answer, [batch, questions].
+        input_ids, labels (-100 except for the answers), both int64 [batch, memory_chunks * 16 + gap + 2 * questions],
+        and the chunk that holds each answer, [batch, questions].
     """
 
     def integers(high, *shape):
@@ -60,8 +61,8 @@ def make_batch(batch: int, memory_chunks: int, questions: int, gap: int, device:
 
 def make_local_batch(batch: int, groups: int, device: torch.device):
     """
-    The same task inside the window: groups of eight tokens, two pairs and then both keys asked in random order. It teaches
-    the window layers to mark a value with the key before it, which is what the memory is later searched by.
+    The same task inside the window: groups of eight tokens, two pairs and then both keys asked in random order. It
+    teaches the window layers to mark a value with the key before it, which is what the memory is later searched by.
     """
     keys = torch.rand(batch, groups, NUM_KEYS, device=device).argsort(-1)[..., :2]
     values = NUM_KEYS + torch.randint(NUM_VALUES, (batch, groups, 2), device=device)
@@ -266,7 +267,7 @@ def main() -> None:
         "guessing": 1 / NUM_VALUES,
         "train_tokens": by_length[0]["tokens"],
         "seconds": history[-1]["seconds"] if history else 0.0,
-        "arguments": vars(arguments),
+        "arguments": {k: v for k, v in vars(arguments).items() if k != "output"},
         "by_length": by_length,
         "history": history,
     }

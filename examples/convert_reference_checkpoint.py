@@ -3,8 +3,8 @@ Convert a checkpoint of the authors' public code (`DRTForCausalLM`) into a model
 
     python examples/convert_reference_checkpoint.py FILE.safetensors --output DIR
 
-The file holds the parameters under the authors' names (`param.backbone.layers.3.q_proj.weight`, or without `param.`) and
-the configuration as JSON in its metadata.
+The file holds the parameters under the authors' names (`param.backbone.layers.3.q_proj.weight`, or without `param.`)
+and the configuration as JSON in its metadata.
 """
 
 import argparse
@@ -33,11 +33,15 @@ CHUNKING_LAYER = {
     "encoder.norm": "norm",
     "k_rmsnorm": "k_norm",
     "lmk_ln": "landmark_proj",
-    "lmk_norm": "landmark_norm",
     "proj_k": "k_proj",
     "proj_v": "v_proj",
 }
-RETRIEVAL_LAYER = {"ln": "retrieval.q_proj", "pre_norm": "retrieval.norm"}
+RETRIEVAL_LAYER = {
+    "ln": "retrieval.q_proj",
+    "pre_norm": "retrieval.norm",
+    "lmk_q_norm": "retrieval.q_norm",
+    "lmk_k_norm": "retrieval.lmk_k_norm",  # goes into `retrieval.q_norm`, see `fold_landmark_norms`
+}
 HSA_LAYER = {
     "swa_prenorm": "input_layernorm",
     "attn": "self_attn",
@@ -52,8 +56,8 @@ HSA_LAYER = {
 
 def convert_config(reference: dict) -> HSAConfig:
     """The `HSAConfig` of a configuration of the authors' code."""
-    if reference.get("enable_softmax1") or reference.get("enable_lmk_norm"):
-        raise ValueError("`enable_softmax1` and `enable_lmk_norm` of the authors' code have no counterpart here.")
+    if reference.get("enable_softmax1"):
+        raise ValueError("`enable_softmax1` of the authors' code has no counterpart here.")
     kv_heads = reference.get("num_kv_heads", 1)
     retrieval_heads = 1 if reference.get("singlehead_retrieval") else kv_heads
     return HSAConfig(
@@ -77,6 +81,7 @@ def convert_config(reference: dict) -> HSAConfig:
         hsa_num_key_value_heads=kv_heads,
         num_retrieval_heads=retrieval_heads,
         retrieval_dim=reference["retrieval_dim"] // retrieval_heads,
+        landmark_norm=bool(reference.get("enable_lmk_norm")),
         qk_norm=reference["enable_qk_norm"],
         hidden_act=reference["hidden_act"],
         max_position_embeddings=reference["max_position_embeddings"],
@@ -118,12 +123,26 @@ def convert_name(name: str, layers: list[tuple[str, dict[str, str]]]) -> str:
     raise ValueError(f"`{name}` is not a parameter of the authors' code this script knows.")
 
 
+def fold_landmark_norms(state: dict[str, torch.Tensor]) -> None:
+    """
+    With `enable_lmk_norm`, each retrieval layer of the authors' code norms the landmarks with weights of its own. Here
+    the norm of the landmarks is shared: theirs gets weight 1, and as a score is a product, the weights of the
+    landmarks go to the queries.
+    """
+    for name in [name for name in state if name.endswith("retrieval.lmk_k_norm.weight")]:
+        weight = state.pop(name)
+        state[name.replace("lmk_k_norm", "q_norm")] *= weight
+        state["model.chunk_encoder.landmark_norm.weight"] = torch.ones_like(weight)
+
+
 def convert(file: str | Path) -> HSAForCausalLM:
     """Loads a checkpoint of the authors' code as an [`HSAForCausalLM`] in fp32."""
     with safe_open(file, "pt") as checkpoint:
         metadata = checkpoint.metadata() or {}
         if "config" not in metadata:
-            raise ValueError(f"{file} has no `config` in its metadata, so it is not a checkpoint this script can read.")
+            raise ValueError(
+                f"{file} has no `config` in its metadata, so it is not a checkpoint this script can read."
+            )
         config = convert_config(json.loads(metadata["config"]))
         layers = reference_layers(config)
         state = {
@@ -132,6 +151,7 @@ def convert(file: str | Path) -> HSAForCausalLM:
             if key.startswith(("param.", "backbone.", "lm_head."))
         }
     state["model.chunk_encoder.cls_token"] = state["model.chunk_encoder.cls_token"].flatten()
+    fold_landmark_norms(state)
     model = HSAForCausalLM(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if config.tie_word_embeddings:

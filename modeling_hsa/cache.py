@@ -161,6 +161,7 @@ class ChunkStore:
 
     def __init__(self, offloading: bool = False):
         self.offloading = offloading
+        self.reserved = 0  # chunks to make room for at once
         self.buffers: list[torch.Tensor] | None = None
 
     def append(self, landmarks, keys, values, num_chunks: int | torch.Tensor, max_chunks: int):
@@ -172,7 +173,7 @@ class ChunkStore:
         new = [landmarks.detach(), *((x.detach().cpu() if self.offloading else x.detach()) for x in (keys, values))]
         n = landmarks.shape[1]
         # Rows that complete fewer chunks than others write the rest too, beyond their end, where nobody looks.
-        self._reserve(new, max_chunks + (0 if isinstance(num_chunks, int) else n))
+        self._grow(new, max_chunks + (0 if isinstance(num_chunks, int) else n))
         for i, x in enumerate(new):
             buffer = self.buffers[i] = _writable(self.buffers[i])
             if isinstance(num_chunks, int):
@@ -182,11 +183,11 @@ class ChunkStore:
                 buffer[torch.arange(x.shape[0], device=x.device)[:, None], slots] = x
         return tuple(buffer[:, :max_chunks] for buffer in self.buffers)
 
-    def _reserve(self, like: list[torch.Tensor], chunks: int) -> None:
+    def _grow(self, like: list[torch.Tensor], chunks: int) -> None:
         capacity = 0 if self.buffers is None else self.buffers[0].shape[1]
         if chunks <= capacity and self.buffers is not None:
             return
-        capacity = max(chunks, capacity + capacity // 2, 16)
+        capacity = max(chunks, capacity + capacity // 2, self.reserved, 16)
         grown = []
         for i, x in enumerate(like):
             buffer = x.new_zeros(x.shape[0], capacity, *x.shape[2:])
@@ -252,6 +253,13 @@ class HSACache(Cache):
     def _histories(self) -> list[TokenHistory]:
         windows = [history for layer in self.layers for history in layer.histories]
         return [*windows, self.hidden, *self.queries.values(), self.rows, self.columns]
+
+    def reserve(self, tokens: int) -> None:
+        """
+        Makes room for `tokens` tokens per row at once, which saves the copies of growing step by step. `generate` does
+        it for long prompts.
+        """
+        self.memory.reserved = -(-tokens // self.chunk_size)
 
     # -- used by the model ------------------------------------------------------------------------------------------
 
@@ -353,7 +361,7 @@ class HSACache(Cache):
                 f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}: pass minus the number of "
                 "tokens to forget."
             )
-        columns = -tokens_to_remove
+        columns = -int(tokens_to_remove)  # assisted generation of Transformers 5.17 passes a tensor
         if columns > self.num_columns:
             raise ValueError(f"Cannot forget {columns} tokens: the cache holds {self.num_columns}.")
         if columns:

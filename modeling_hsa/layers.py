@@ -146,7 +146,11 @@ class HSAWindowAttention(HSAAttention):
         return self.o_proj(output), weights
 
 
-class HSADecoderLayer(GradientCheckpointingLayer):
+class HSALayer(GradientCheckpointingLayer):
+    """A layer of the decoder, of either kind."""
+
+
+class HSADecoderLayer(HSALayer):
     """A Llama layer with window attention."""
 
     def __init__(self, config: HSAConfig, layer_idx: int):
@@ -159,7 +163,6 @@ class HSADecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        memory: ChunkMemory | None,
         layout: TokenLayout,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: HSACache | None = None,
@@ -239,14 +242,19 @@ class HSAChunkEncoder(nn.Module):
         batch, num_chunks = chunks.shape[:2]
 
         chunks = chunks.flatten(0, 1)
+        total = len(chunks)
+        if total == 0 and self.training and torch.is_grad_enabled():
+            # Attention takes no empty batch: a chunk of zeros, dropped below, still gives every parameter a (zero)
+            # gradient, which data-parallel training needs.
+            chunks = torch.nn.functional.pad(chunks, (0, 0, 0, 0, 0, 1))
         if self.use_cls:
             chunks = torch.cat([chunks, self.cls_token.to(chunks.dtype).expand(len(chunks), 1, -1)], dim=1)
-        positions = torch.arange(chunks.shape[1], device=chunks.device)[None]
-        position_embeddings = self.rotary_emb(chunks, positions)
-        if len(chunks) or (torch.is_grad_enabled() and self.training):
+        if len(chunks):
+            positions = torch.arange(chunks.shape[1], device=chunks.device)[None]
+            position_embeddings = self.rotary_emb(chunks, positions)
             for layer in self.layers:
                 chunks = layer(chunks, position_embeddings)
-        chunks = self.norm(chunks)
+        chunks = self.norm(chunks)[:total]
 
         tokens = chunks[:, : self.chunk_size]
         summary = chunks[:, -1] if self.use_cls else tokens.mean(dim=1)
@@ -304,7 +312,7 @@ class HSARetrieval(nn.Module):
         return layout.restore(stream.gather(1, first.expand(-1, -1, dim)))
 
 
-class HSARetrievalLayer(GradientCheckpointingLayer):
+class HSARetrievalLayer(HSALayer):
     """
     Hierarchical sparse attention: attends inside each retrieved chunk and fuses the results with the weights of the
     chunks, `O_t = sum_i w[t, i] softmax(q_t K_i / sqrt(D)) V_i` (eq. of section 3.1).
@@ -332,30 +340,32 @@ class HSARetrievalLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        memory: ChunkMemory,
+        landmarks: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
         layout: TokenLayout,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: HSACache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        (retrieved,) = self.retrieval(hidden_states, memory.landmarks, layout, past_key_values)
+        (retrieved,) = self.retrieval(hidden_states, landmarks, layout, past_key_values)
         if self.config.hsa_local_attention:
             attended, _ = self.self_attn(
                 self.input_layernorm(hidden_states), layout, position_embeddings, past_key_values, **kwargs
             )
             hidden_states = hidden_states + attended
-        attended = self.attend(self.hsa_layernorm(hidden_states), memory, retrieved, past_key_values)
+        attended = self.attend(self.hsa_layernorm(hidden_states), keys, values, retrieved, past_key_values)
         if self.bypass:
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states + attended))
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def attend(
-        self, hidden_states: torch.Tensor, memory: ChunkMemory, retrieved: ChunkRetrieval, past_key_values
+        self, hidden_states: torch.Tensor, keys, values, retrieved: ChunkRetrieval, past_key_values
     ) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim)))  # [B, L, Hq, D]
-        keys, values, indices, weights = memory.keys, memory.values, retrieved.indices, retrieved.weights
+        indices, weights = retrieved.indices, retrieved.weights
         if past_key_values is not None and past_key_values.memory.offloading:
             keys, values, indices = past_key_values.fetch_chunks(keys, values, indices)
             query = query.flatten(0, 1)[None]
@@ -366,4 +376,9 @@ class HSARetrievalLayer(GradientCheckpointingLayer):
             chunk_size=self.config.chunk_size,
             implementation=self.config.hsa_implementation,
         )  # fmt: skip
-        return self.o_proj(output.view(batch, length, -1))
+        output = output.view(batch, length, -1)
+        if weights is None and self.training:
+            # `joint` does not use the scores; data-parallel training wants a (zero) gradient for their projections.
+            scores = retrieved.scores.masked_fill(retrieved.indices < 0, 0.0)
+            output = output + (0.0 * scores.sum()).to(output.dtype)
+        return self.o_proj(output)

@@ -41,6 +41,7 @@ from .layers import (
     ChunkRetrieval,
     HSAChunkEncoder,
     HSADecoderLayer,
+    HSALayer,
     HSARetrieval,
     HSARetrievalLayer,
     HSARMSNorm,
@@ -87,7 +88,7 @@ class HSAPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        "hidden_states": [OutputRecorder(HSADecoderLayer, index=0), OutputRecorder(HSARetrievalLayer, index=0)],
+        "hidden_states": HSALayer,
         "attentions": HSAWindowAttention,
         "retrieval": OutputRecorder(HSARetrieval, index=0),
     }
@@ -188,11 +189,17 @@ class HSAModel(HSAPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, layout.position_ids)
 
         memory = None
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, (layer, is_hsa) in enumerate(zip(self.layers, self.config.hsa_layers)):
             if layer_idx == self.config.num_lower_layers:
                 memory = self.chunk_encoder(hidden_states, layout, past_key_values)
+            # Tensor by tensor: reentrant checkpointing does not see those inside of an argument.
+            inputs = (hidden_states, *memory) if is_hsa else (hidden_states,)
             hidden_states = layer(
-                hidden_states, memory, layout, position_embeddings, past_key_values=past_key_values, **kwargs
+                *inputs,
+                layout=layout,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
             )
         hidden_states = self.norm(hidden_states)
 
@@ -219,10 +226,10 @@ class HSAModel(HSAPreTrainedModel):
             # On the CPU only: elsewhere it would wait for the device, which raises an error of its own.
             if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
                 low, high = torch.aminmax(input_ids)
-                if low < 0 or high >= self.vocab_size:
+                if low < 0 or high >= self.config.vocab_size:
                     raise ValueError(
-                        f"`input_ids` must be in [0, {self.vocab_size}), got ids from {int(low)} to {int(high)}. Does "
-                        "the tokenizer belong to this model?"
+                        f"`input_ids` must be in [0, {self.config.vocab_size}), got ids from {int(low)} to "
+                        f"{int(high)}. Does the tokenizer belong to this model?"
                     )
         if past_key_values is not None and not isinstance(past_key_values, HSACache):
             raise TypeError(
@@ -345,6 +352,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             return input_ids
         positions = None if position_ids is None else position_ids[..., -length:]
         last = (length - 1) // segment * segment
+        cache.reserve(past + length + segment)
         for start in range(0, last, segment):
             span = slice(start, start + segment)
             self.model(
