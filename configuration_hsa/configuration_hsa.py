@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -172,16 +173,41 @@ class HSAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._check_unknown_fields(kwargs)
+        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
+            raise ValueError(f"`rope_parameters` must be a dictionary, got {self.rope_parameters!r}.")
         if self.head_dim is None and _is_int(self.hidden_size) and _is_int(self.num_attention_heads):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.encoder_intermediate_size is None:
             self.encoder_intermediate_size = self.intermediate_size
-        if self.num_hidden_layers is None and all(
-            _is_int(n) for n in (self.num_lower_layers, self.num_upper_layers, self.num_upper_groups)
-        ):
-            self.num_hidden_layers = self.num_lower_layers + self.num_upper_layers + self.num_upper_groups
+        if self.num_hidden_layers is None and all(_is_int(getattr(self, name)) for name in _LAYER_COUNTS):
+            self.num_hidden_layers = sum(getattr(self, name) for name in _LAYER_COUNTS)
         super().__post_init__(**kwargs)
         self.validate_hsa()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json. Is it the folder of a model?")
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """
+        As in Transformers, but what overrides a field (`from_pretrained(..., num_lower_layers=4)`) is validated like
+        the rest, and `num_hidden_layers` follows it. Raises `ValueError` for the configuration of another model type.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"The configuration is of model type {model_type!r}, not {cls.model_type!r}. Load it with "
+                "`AutoConfig`."
+            )
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        config_dict = {**config_dict, **overrides}
+        if "num_hidden_layers" not in overrides and overrides.keys() & _LAYER_COUNTS:
+            config_dict.pop("num_hidden_layers", None)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def hsa_layers(self) -> list[bool]:
@@ -207,6 +233,15 @@ class HSAConfig(PreTrainedConfig):
         for field in _BOOLEANS:
             if not isinstance(value := getattr(self, field), bool):
                 raise ValueError(f"`{field}` must be True or False, got {value!r}.")
+        for field, (low, high) in _NUMBER_RANGES.items():
+            value = getattr(self, field)
+            if not _is_number(value) or not low <= value < high:
+                raise ValueError(f"`{field}` must be a number of at least {low} and below {high}, got {value!r}.")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`hidden_act` must be an activation of Transformers such as 'silu' or 'gelu', got "
+                f"{self.hidden_act!r}."
+            )
         for field, values in _CHOICES.items():
             if (value := getattr(self, field)) not in values:
                 raise ValueError(
@@ -247,19 +282,40 @@ class HSAConfig(PreTrainedConfig):
                 "`chunk_landmark='cls'` needs `num_encoder_layers` of at least 1: without an encoder the CLS token is "
                 "the same for every chunk. Use `chunk_landmark='mean'`, or add an encoder layer."
             )
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        self._validate_rope(self.rope_parameters or {})
+
+    @staticmethod
+    def _validate_rope(rope: dict) -> None:
+        rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 10000.0)
         if rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"`rope_parameters['rope_type']` must be one of {', '.join(map(repr, ROPE_TYPES))}, got "
-                f"{rope_type!r}: frequencies that change with the input length would make segmented "
-                "prefill differ from one pass."
+                f"{rope_type!r}: frequencies that change with the input length would make segmented prefill "
+                "differ from one pass."
             )
+        if not _is_number(theta) or not theta > 0:
+            raise ValueError(f"`rope_parameters['rope_theta']` must be a positive number, got {theta!r}.")
+        if rope_type != "default" and not (_is_number(factor := rope.get("factor")) and factor >= 1):
+            raise ValueError(
+                f"`rope_parameters['factor']` must be a number of at least 1 for rope_type {rope_type!r}, got "
+                f"{factor!r}."
+            )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+_LAYER_COUNTS = ("num_lower_layers", "num_upper_layers", "num_upper_groups")
+_NUMBER_RANGES = {
+    "initializer_range": (0.0, float("inf")),
+    "rms_norm_eps": (0.0, float("inf")),
+    "attention_dropout": (0.0, 1.0),
+}
 _INTEGER_MINIMA = {
     "vocab_size": 1,
     "hidden_size": 1,
@@ -282,8 +338,8 @@ _INTEGER_MINIMA = {
     "max_position_embeddings": 1,
 }
 _BOOLEANS = (
-    "encoder_attention_bias", "hsa_local_attention", "landmark_norm", "qk_norm", "attention_bias", "mlp_bias",
-    "tie_word_embeddings",
+    "use_cache", "encoder_attention_bias", "hsa_local_attention", "landmark_norm", "qk_norm", "attention_bias",
+    "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
 _CHOICES = {
     "chunk_landmark": CHUNK_LANDMARKS,

@@ -19,6 +19,7 @@ _FILES = {
     "modeling_hsa/hub.py": "hsa_hub.py",
     "modeling_hsa/ops/__init__.py": "hsa_ops.py",
     "modeling_hsa/ops/naive.py": "hsa_ops_naive.py",
+    "modeling_hsa/ops/precision.py": "hsa_ops_precision.py",
     "modeling_hsa/ops/selection.py": "hsa_ops_selection.py",
     "modeling_hsa/ops/attention.py": "hsa_ops_attention.py",
 }

@@ -377,7 +377,7 @@ class HSARetrievalLayer(HSALayer):
             implementation=self.config.hsa_implementation,
         )  # fmt: skip
         output = output.view(batch, length, -1)
-        if weights is None and self.training:
+        if weights is None and retrieved.scores.requires_grad:
             # `joint` does not use the scores; data-parallel training wants a (zero) gradient for their projections.
             scores = retrieved.scores.masked_fill(retrieved.indices < 0, 0.0)
             output = output + (0.0 * scores.sum()).to(output.dtype)

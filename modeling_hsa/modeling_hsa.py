@@ -178,7 +178,12 @@ class HSAModel(HSAPreTrainedModel):
         self._check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if past_key_values is None and use_cache and not (self.gradient_checkpointing and self.training):
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once(
+                "A cache does not go with gradient checkpointing: `use_cache` and the cache are ignored."
+            )
+            use_cache, past_key_values = False, None
+        if past_key_values is None and use_cache:
             past_key_values = HSACache(self.config)
 
         hidden_states = inputs_embeds

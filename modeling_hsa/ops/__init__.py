@@ -12,6 +12,7 @@ from .attention import chunk_attention as _torch_chunk_attention
 from .naive import chunk_attention as _naive_chunk_attention
 from .naive import chunk_weights as _naive_chunk_weights
 from .naive import select_chunks as _naive_select_chunks
+from .precision import without_autocast
 from .selection import select_chunks as _torch_select_chunks
 
 
@@ -119,7 +120,8 @@ def select_chunks(
         scores = torch.full(absent.shape, float("-inf"), device=q.device)
         return scores + _zeros_connected_to(q, landmarks).float()[..., :1], absent
     backend = _naive_select_chunks if implementation == "naive" else _torch_select_chunks
-    return backend(q, landmarks, *visible, topk=topk, scale=dim**-0.5 if scale is None else scale)
+    scale = dim**-0.5 if scale is None else scale
+    return without_autocast(backend)(q, landmarks, *visible, topk=topk, scale=scale)
 
 
 def chunk_weights(scores: torch.Tensor, indices: torch.Tensor, kind: str, implementation: str = "auto"):
@@ -209,7 +211,7 @@ def chunk_attention(
         return _zeros_connected_to(q, k, v, *(() if weights is None else (weights,)))
     backend = _naive_chunk_attention if implementation == "naive" else _torch_chunk_attention
     scale = dim**-0.5 if scale is None else scale
-    return backend(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)
+    return without_autocast(backend)(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)
 
 
 __all__ = ["chunk_attention", "chunk_weights", "select_chunks", "visible_chunks"]

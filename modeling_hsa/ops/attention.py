@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .precision import without_autocast
+
 
 # entries of a temporary tensor held at once
 _BLOCK_ELEMENTS = 1 << 23
@@ -167,6 +169,7 @@ class _ChunkAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx, d_out):
         q, k, v, weights, indices = ctx.saved_tensors
         batch, _, num_heads, head_dim = q.shape
@@ -202,5 +205,4 @@ class _ChunkAttention(torch.autograd.Function):
 
 def chunk_attention(q, k, v, weights, indices, *, chunk_size, scale):
     """See `modeling_hsa.ops.chunk_attention`."""
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        return _ChunkAttention.apply(q, k, v, weights, indices, chunk_size, scale)
+    return _ChunkAttention.apply(q, k, v, weights, indices, chunk_size, scale)

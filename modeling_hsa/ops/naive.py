@@ -50,12 +50,12 @@ def chunk_weights(scores, indices, kind):
     Returns: weights [b, l, r, k] fp32.
     """
     present = indices >= 0
-    scores = _widen(scores).masked_fill(~present, 0.0)
+    scores = _widen(scores)
     if kind == "softmax":
-        top = scores.masked_fill(~present, float("-inf")).amax(-1, keepdim=True)
-        weights = torch.exp(scores - top.clamp(min=torch.finfo(torch.float32).min).detach()) * present
-        return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    take = torch.sigmoid(scores) * present
+        scores = scores.masked_fill(~present, torch.finfo(scores.dtype).min)
+        weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True)) * present
+        return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    take = torch.sigmoid(scores.masked_fill(~present, 0.0)) * present
     nearer = indices[..., None, :] > indices[..., :, None]  # [.., i, j]: j is nearer than i
     leave = torch.where(nearer, 1 - take[..., None, :], 1.0).prod(-1)
     return take * leave

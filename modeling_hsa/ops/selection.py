@@ -5,6 +5,8 @@ Chunk selection in plain PyTorch, for any device: streams over blocks of landmar
 
 import torch
 
+from .precision import without_autocast
+
 
 # Scores, or gathered landmark entries, held at once.
 _BLOCK_ELEMENTS = 1 << 22
@@ -72,6 +74,7 @@ class _SelectChunks(torch.autograd.Function):
         return scores, indices
 
     @staticmethod
+    @without_autocast
     def backward(ctx, d_scores, _):
         q, landmarks, indices = ctx.saved_tensors
         rows, num_chunks, dim = landmarks.shape
@@ -96,6 +99,5 @@ def select_chunks(q, landmarks, first, end, *, topk, scale):
     batch, length, heads, _ = q.shape
     rows_q, rows_landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
     first, end = (x.expand(batch, length).repeat_interleave(heads, dim=0) for x in (first, end))
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        scores, indices = _SelectChunks.apply(rows_q, rows_landmarks, first, end, topk, scale)
+    scores, indices = _SelectChunks.apply(rows_q, rows_landmarks, first, end, topk, scale)
     return tuple(x.unflatten(0, (batch, heads)).transpose(1, 2) for x in (scores, indices))
