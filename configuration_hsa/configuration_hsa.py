@@ -1,9 +1,13 @@
 """Configuration of Hierarchical Sparse Attention (HSA) models, arXiv 2510.17196."""
 
-from typing import ClassVar
+from .versions import check_versions  # isort: skip
 
-from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
+check_versions()  # before anything that older versions of Transformers do not have
+
+from typing import ClassVar  # noqa: E402
+
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 
 CHUNK_LANDMARKS = ("cls", "mean")
@@ -300,6 +304,11 @@ class HSAConfig(PreTrainedConfig):
                 f"`rope_parameters['factor']` must be a number of at least 1 for rope_type {rope_type!r}, got "
                 f"{factor!r}."
             )
+        for name in _ROPE_NUMBERS.get(rope_type, ()):
+            if not _is_number(value := rope.get(name)):
+                raise ValueError(
+                    f"`rope_parameters[{name!r}]` must be a number for rope_type 'llama3', got {value!r}."
+                )
 
 
 def _is_number(value) -> bool:
@@ -310,6 +319,7 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+_ROPE_NUMBERS = {"llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 _LAYER_COUNTS = ("num_lower_layers", "num_upper_layers", "num_upper_groups")
 _NUMBER_RANGES = {
     "initializer_range": (0.0, float("inf")),

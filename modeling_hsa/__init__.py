@@ -4,17 +4,13 @@ Hierarchical Sparse Attention models for Transformers.
 Importing this package registers `HSAConfig` and the models with the Auto classes.
 """
 
-from .versions import check_versions  # isort: skip
+from configuration_hsa import HSAConfig  # isort: skip  # checks the versions of PyTorch and Transformers
 
-check_versions()
+from transformers import AutoConfig
 
-from transformers import AutoConfig  # noqa: E402
-
-from configuration_hsa import HSAConfig  # noqa: E402
-
-from .cache import HSACache  # noqa: E402
-from .layers import ChunkRetrieval  # noqa: E402
-from .modeling_hsa import (  # noqa: E402
+from .cache import HSACache
+from .layers import ChunkRetrieval
+from .modeling_hsa import (
     HSAForCausalLM,
     HSAForQuestionAnswering,
     HSAForSequenceClassification,

@@ -52,7 +52,7 @@ class TokenHistory:
             self._store(stream.detach())
             return stream
         if self.end + length > self.buffer.shape[-2]:
-            self._store(self.tokens)
+            self._store(self.tokens, room=length)
         self.buffer = _writable(self.buffer)
         self.buffer[..., self.end : self.end + length, :] = new
         self.end += length
@@ -66,11 +66,11 @@ class TokenHistory:
         source = torch.where(from_end < counts, total - 1 - from_end, total - length - 1 - (from_end - counts))
         return _gather_tokens(stream, source.clamp(min=0))
 
-    def _store(self, stream: torch.Tensor) -> None:
-        """Makes the end of `stream` the content, with room for as much again."""
+    def _store(self, stream: torch.Tensor, room: int = 64) -> None:
+        """Makes the end of `stream` the content, with room for as much again and `room` more tokens."""
         size = stream.shape[-2] if self.recording else min(stream.shape[-2], self.keep)
         kept = stream[..., stream.shape[-2] - size :, :]
-        self.buffer = kept.new_empty(*kept.shape[:-2], 2 * size + 64, kept.shape[-1])
+        self.buffer = kept.new_empty(*kept.shape[:-2], 2 * size + max(room, 64), kept.shape[-1])
         self.buffer[..., :size, :] = kept
         self.start, self.end = 0, size
 

@@ -11,6 +11,7 @@ from pathlib import Path
 # File of the package, from its root -> file of the bundle.
 _FILES = {
     "configuration_hsa/configuration_hsa.py": "configuration_hsa.py",
+    "configuration_hsa/versions.py": "hsa_versions.py",
     "modeling_hsa/modeling_hsa.py": "modeling_hsa.py",
     "modeling_hsa/layers.py": "hsa_layers.py",
     "modeling_hsa/cache.py": "hsa_cache.py",

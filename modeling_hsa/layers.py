@@ -49,6 +49,14 @@ class HSARotaryEmbedding(LlamaRotaryEmbedding):
     neighbouring tokens.
     """
 
+    def _apply(self, fn, recurse=True):
+        """`model.to(torch.bfloat16)` moves the frequencies but does not round them, as `from_pretrained` does not."""
+        exact = {name: x for name, x in self.named_buffers(recurse=False) if not x.is_meta}
+        super()._apply(fn, recurse)
+        for name, x in exact.items():
+            setattr(self, name, x.to(getattr(self, name).device))
+        return self
+
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids [n, L] -> cos and sin [n, L, D] in the dtype of x."""

@@ -92,6 +92,10 @@ def build_layout(
     """
     columns = cache.get_seq_length() if cache is not None else 0
     real = _new_columns(attention_mask, batch, columns, length)
+    if position_ids is not None and not isinstance(position_ids, torch.Tensor):
+        raise TypeError(f"`position_ids` must be a tensor [batch, tokens], got {type(position_ids).__name__}.")
+    if position_ids is not None and (position_ids.is_floating_point() or position_ids.dtype == torch.bool):
+        raise ValueError(f"`position_ids` must be integers, got {position_ids.dtype}.")
     if position_ids is not None and (
         position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch)
     ):
@@ -134,6 +138,8 @@ def _new_columns(attention_mask, batch: int, columns: int, length: int):
     """The columns of the mask that belong to this call, as bool [B, L]."""
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
     if attention_mask.dim() != 2 or attention_mask.shape != (batch, columns + length):
         raise ValueError(
             f"`attention_mask` must have the shape [{batch}, {columns + length}] (batch, cached + new tokens), got "

@@ -57,6 +57,11 @@ logger = logging.get_logger(__name__)
 # prompt.
 PREFILL_CHUNK_SIZE = 4096
 
+# Fields of the configuration in which a cache has to agree with the model.
+CACHE_FIELDS = (
+    "num_lower_layers", "num_upper_layers", "num_upper_groups", "sliding_window", "chunk_size", "retrieval_stride",
+)  # fmt: skip
+
 
 @dataclass
 class HSAModelOutputWithPast(BaseModelOutputWithPast):
@@ -110,18 +115,19 @@ class HSAPreTrainedModel(PreTrainedModel):
         if isinstance(module, HSAChunkEncoder) and module.use_cls:
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
-    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """
         As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
         trust_remote_code=True)` loads the folder where this package is not installed.
         """
-        hub_kwargs = {k: kwargs.pop(k) for k in ("repo_id", "commit_message", "private", "create_pr") if k in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
             save_code(save_directory)
-        if push_to_hub:
-            repo_id = hub_kwargs.pop("repo_id", str(save_directory).rstrip("/").split("/")[-1])
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # The last step of `save_pretrained(push_to_hub=True)` in Transformers: before it, the code has to be there.
+        save_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class HSAModel(HSAPreTrainedModel):
@@ -220,10 +226,19 @@ class HSAModel(HSAPreTrainedModel):
         given, name, dims = (
             (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
         )
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(given).__name__}.")
         if given.dim() != dims or 0 in given.shape:
             raise ValueError(
                 f"`{name}` must be [batch, tokens{', hidden_size' * (dims == 3)}] with at least one row and one "
                 f"token, got {list(given.shape)}."
+            )
+        if inputs_embeds is not None and (
+            not inputs_embeds.is_floating_point() or inputs_embeds.shape[-1] != self.config.hidden_size
+        ):
+            raise ValueError(
+                f"`inputs_embeds` must be floating point of the width `hidden_size` ({self.config.hidden_size}), got "
+                f"{inputs_embeds.dtype} {list(inputs_embeds.shape)}."
             )
         if input_ids is not None:
             if input_ids.dtype not in (torch.int64, torch.int32):
@@ -245,6 +260,14 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(
                 f"`past_key_values` holds {past_key_values.batch_size} rows but `{name}` has {given.shape[0]}."
             )
+        if past_key_values is not None:
+            for field in CACHE_FIELDS:
+                theirs, ours = getattr(past_key_values.config, field), getattr(self.config, field)
+                if theirs != ours:
+                    raise ValueError(
+                        f"`past_key_values` was made for a model with `{field}` {theirs}, but this one has {ours}. "
+                        "Make it with `HSACache(model.config)`."
+                    )
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"`output_attentions=True` needs `attn_implementation='eager'`, but it is "

@@ -67,7 +67,7 @@ def _as_mask(mask: torch.Tensor, module, query: torch.Tensor):
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
-        dense = mask[:, 0]
+        dense = mask[:, 0].expand(query.shape[0], -1, -1)  # one per row, even where all rows agree
         return create_block_mask(
             lambda b, h, q, k: dense[b, q, k],
             dense.shape[0],
@@ -88,7 +88,8 @@ def _flash(attention, module, query, key, value, layout: TokenLayout, window: in
         position_ids = layout.position.expand(batch, -1).reshape(1, -1)
     elif layout.past is None:
         position = layout.align(layout.position.expand(batch, -1)[..., None])[..., 0]
-        if bool(((position[:, 1:] <= position[:, :-1]) & (position[:, :-1] > 0) & (layout.is_real[:, 1:])).any()):
+        real = layout.is_real
+        if bool(((position[:, 1:] <= position[:, :-1]) & real[:, :-1] & real[:, 1:]).any()):
             raise ValueError("Packed documents with padding or a cache need `attn_implementation='sdpa'` or 'eager'.")
         mask = layout.is_real
         if key.shape[2] > length or layout.order is not None:

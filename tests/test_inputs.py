@@ -1,0 +1,640 @@
+"""
+Contract 9 of the design, bad input gets a clear error that names it, and what the forward of the models offers:
+losses, logits of some tokens, hidden states, attentions, what was retrieved, attention and HSA backends, heads,
+embeddings.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from modeling_hsa import (
+    HSACache,
+    HSAForCausalLM,
+    HSAForQuestionAnswering,
+    HSAForSequenceClassification,
+    HSAForTokenClassification,
+    HSAModel,
+)
+from tests.helpers import relative_error, tiny_config, tiny_model
+
+
+VOCABULARY, HIDDEN = 99, 32
+
+
+def tokens(batch: int = 2, length: int = 70, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model() -> HSAForCausalLM:
+    """Shared: do not change it."""
+    return tiny_model()
+
+
+def make_head(cls, **overrides):
+    torch.manual_seed(0)
+    return cls(tiny_config(pad_token_id=0, **overrides)).eval()
+
+
+# -- bad inputs -------------------------------------------------------------------------------------------------------
+
+
+BAD_TOKENS = {  # inputs, the error, and what it says
+    "empty batch": (
+        {"input_ids": torch.zeros(0, 5, dtype=torch.long)},
+        ValueError,
+        r"`input_ids`.*at least one row.*\[0, 5\]",
+    ),
+    "no tokens": ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"`input_ids`.*one token.*\[2, 0\]"),
+    "one dimension": ({"input_ids": torch.zeros(5, dtype=torch.long)}, ValueError, r"`input_ids`.*\[batch, tokens\]"),
+    "float ids": ({"input_ids": torch.zeros(2, 5)}, ValueError, "`input_ids`.*int64.*torch.float32"),
+    "bool ids": ({"input_ids": torch.zeros(2, 5).bool()}, ValueError, "`input_ids`.*int64.*torch.bool"),
+    "list of ids": ({"input_ids": [[1, 2, 3]]}, TypeError, "`input_ids`.*tensor.*list"),
+    "id too large": (
+        {"input_ids": torch.tensor([[3, 99]])},
+        ValueError,
+        r"`input_ids`.*\[0, 99\).*3 to 99.*tokenizer",
+    ),
+    "negative id": ({"input_ids": torch.tensor([[3, -100]])}, ValueError, r"`input_ids`.*\[0, 99\).*-100 to 3"),
+    "neither": ({}, ValueError, "exactly one of `input_ids` and `inputs_embeds`"),
+    "both": (
+        {"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 70, HIDDEN)},
+        ValueError,
+        "exactly one of `input_ids` and `inputs_embeds`",
+    ),
+    "empty embeddings": (
+        {"inputs_embeds": torch.zeros(0, 5, 32)},
+        ValueError,
+        r"`inputs_embeds`.*one row.*\[0, 5, 32\]",
+    ),
+    "no embeddings": (
+        {"inputs_embeds": torch.zeros(2, 0, 32)},
+        ValueError,
+        r"`inputs_embeds`.*one token.*\[2, 0, 32\]",
+    ),
+    "flat embeddings": ({"inputs_embeds": torch.zeros(2, 32)}, ValueError, r"`inputs_embeds`.*hidden_size.*\[2, 32\]"),
+    "embeddings of another width": (
+        {"inputs_embeds": torch.zeros(2, 5, 31)},
+        ValueError,
+        r"`inputs_embeds`.*hidden_size.*32.*\[2, 5, 31\]",
+    ),
+    "integer embeddings": (
+        {"inputs_embeds": torch.zeros(2, 5, 32).long()},
+        ValueError,
+        "`inputs_embeds`.*torch.int64",
+    ),
+    "list of embeddings": ({"inputs_embeds": [[[0.0] * 32]]}, TypeError, "`inputs_embeds`.*tensor.*list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_bad_tokens_are_refused(model, name):
+    inputs, error, message = BAD_TOKENS[name]
+    with pytest.raises(error, match=message):
+        model(**inputs)
+
+
+BESIDE_TWO_ROWS_OF_70_TOKENS = {
+    "short mask": ({"attention_mask": torch.ones(2, 69)}, ValueError, r"`attention_mask`.*\[2, 70\].*got \[2, 69\]"),
+    "mask of one row": ({"attention_mask": torch.ones(1, 70)}, ValueError, r"`attention_mask`.*got \[1, 70\]"),
+    "flat mask": ({"attention_mask": torch.ones(70)}, ValueError, r"`attention_mask`.*\[2, 70\].*got \[70\]"),
+    "4D mask": ({"attention_mask": torch.ones(2, 1, 70, 70)}, ValueError, r"`attention_mask`.*got \[2, 1, 70, 70\]"),
+    "list as mask": ({"attention_mask": [[1] * 70] * 2}, TypeError, "`attention_mask`.*tensor.*list"),
+    "masks by layer type": (
+        {"attention_mask": {"full_attention": torch.ones(2, 70)}},
+        TypeError,
+        "`attention_mask`.*tensor.*dict",
+    ),
+    "short positions": ({"position_ids": torch.arange(69)[None]}, ValueError, r"`position_ids`.*\[2, 70\].*\[1, 69\]"),
+    "positions of three rows": (
+        {"position_ids": torch.arange(70).expand(3, -1)},
+        ValueError,
+        r"`position_ids`.*\[3, 70\]",
+    ),
+    "flat positions": ({"position_ids": torch.arange(70)}, ValueError, r"`position_ids`.*got \[70\]"),
+    "float positions": ({"position_ids": torch.arange(70.0)[None]}, ValueError, "`position_ids`.*torch.float32"),
+    "list of positions": ({"position_ids": [list(range(70))]}, TypeError, "`position_ids`.*tensor.*list"),
+    "foreign cache": (
+        {"past_key_values": DynamicCache()},
+        TypeError,
+        "`past_key_values`.*HSACache, got DynamicCache.*use_cache",
+    ),
+    "tuple as cache": ({"past_key_values": ((1, 2),)}, TypeError, "`past_key_values`.*HSACache, got tuple"),
+    "attentions of sdpa": ({"output_attentions": True}, ValueError, "`output_attentions=True` needs.*'eager'.*'sdpa'"),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_TWO_ROWS_OF_70_TOKENS)
+def test_what_does_not_fit_the_tokens_is_refused(model, name):
+    inputs, error, message = BESIDE_TWO_ROWS_OF_70_TOKENS[name]
+    with pytest.raises(error, match=message):
+        model(tokens(), **inputs)
+
+
+@torch.no_grad()
+def test_mask_has_to_cover_the_cached_tokens_too(model):
+    cache = HSACache(model.config)
+    model(tokens(), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"`attention_mask`.*\[2, 75\].*cached \+ new.*got \[2, 5\]"):
+        model(tokens(2, 5), attention_mask=torch.ones(2, 5), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_cache_of_another_batch_size_is_refused(model):
+    cache = HSACache(model.config)
+    model(tokens(2), past_key_values=cache)
+    with pytest.raises(ValueError, match="`past_key_values` holds 2 rows but `input_ids` has 3"):
+        model(tokens(3), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chunk_size": 32},
+        {"sliding_window": 20},
+        {"num_lower_layers": 3},
+        {"num_upper_groups": 1},
+        {"retrieval_stride": 2},
+    ],
+    ids=str,
+)
+def test_cache_of_another_model_is_refused(model, changes):
+    (field,) = changes
+    with pytest.raises(ValueError, match=f"`past_key_values`.*{field}.*HSACache"):
+        model(tokens(), past_key_values=HSACache(tiny_config(**changes)))
+
+
+@pytest.mark.parametrize("cls", [HSAModel, HSAForCausalLM, HSAForTokenClassification])
+def test_configuration_of_another_model_is_refused(cls):
+    with pytest.raises(TypeError, match=f"{cls.__name__} needs an HSAConfig, got LlamaConfig.*'llama'"):
+        cls(LlamaConfig(num_hidden_layers=1))
+
+
+def test_forced_triton_is_refused_where_it_cannot_run():
+    with pytest.raises(NotImplementedError, match="'triton'"):
+        tiny_model(hsa_implementation="triton")(tokens())
+
+
+def test_unknown_cache_implementation_is_refused(model):
+    with pytest.raises(ValueError, match="`cache_implementation='static'`.*'offloaded'"):
+        model.generate(tokens(), max_new_tokens=2, cache_implementation="static")
+
+
+# -- bad folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_folder_of_another_model_is_refused(tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=16)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama'"):
+        HSAForCausalLM.from_pretrained(tmp_path)
+
+
+def test_configuration_that_says_another_model_type_is_refused(folder):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "llama"}))
+    with pytest.raises(ValueError, match="'llama'"):
+        HSAForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_missing_file_is_named(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(OSError, match=missing):
+        HSAForCausalLM.from_pretrained(folder)
+
+
+def test_configuration_that_is_not_json_is_refused(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(OSError, match="config.json.*not a valid JSON"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=lambda n: f"{n} bytes")
+def test_truncated_weights_are_refused(folder, kept):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(Exception, match="(?i)header|incomplete|safetensors"):
+        HSAForCausalLM.from_pretrained(folder)
+
+
+def test_tampered_header_is_refused(folder):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:8] + content[8:].replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1))
+    with pytest.raises(Exception, match="(?i)header|offset"):
+        HSAForCausalLM.from_pretrained(folder)
+
+
+def change_weights(folder, change) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    name = "model.chunk_encoder.landmark_proj.weight"
+    change_weights(folder, lambda weights: weights.update({name: torch.zeros(8, HIDDEN)}))
+    with pytest.raises(RuntimeError, match="mismatched"):
+        HSAForCausalLM.from_pretrained(folder)
+
+
+def test_missing_and_unexpected_weights_are_reported(folder):
+    name = "model.chunk_encoder.cls_token"
+
+    def rename(weights):
+        weights["model.cls_token"] = weights.pop(name)
+
+    change_weights(folder, rename)
+    _, report = HSAForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(report["missing_keys"]) == {name}
+    assert set(report["unexpected_keys"]) == {"model.cls_token"}
+
+
+# -- forward of the causal model --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_token_ids_of_either_dtype(model, dtype):
+    assert torch.equal(model(tokens().to(dtype)).logits, model(tokens()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_embeddings_in_place_of_token_ids(model, use_cache):
+    embeddings = model.get_input_embeddings()(tokens())
+    expected = model(tokens(), use_cache=use_cache)
+    outputs = model(inputs_embeds=embeddings, use_cache=use_cache)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert (outputs.past_key_values is not None) is use_cache
+
+
+def test_gradient_reaches_given_embeddings(model):
+    embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=tokens()).loss.backward()
+    assert (embeddings.grad.norm(dim=-1)[:, :-1] > 0).all()  # the last token has nothing to predict
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_predicted_tokens(model):
+    labels = tokens().clone()
+    labels[0, :20], labels[1, 5] = -100, -100
+    outputs = model(tokens(), labels=labels)
+    losses = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100
+    )
+    assert outputs.loss.item() == pytest.approx((losses.sum() / (labels[:, 1:] != -100).sum()).item(), rel=1e-5)
+
+
+def test_loss_is_normalised_by_num_items_in_batch(model):
+    # What gradient accumulation needs: two halves add up to the whole, though one has fewer labels.
+    labels = tokens(4).clone()
+    labels[:2, :50] = -100
+    items = (labels[:, 1:] != -100).sum()
+    whole = model(tokens(4), labels=labels).loss
+    halves = [
+        model(tokens(4)[rows], labels=labels[rows], num_items_in_batch=items).loss
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    assert sum(halves).item() == pytest.approx(whole.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (whole, sum(halves))]
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [1, 7, 70, 500, torch.tensor([0, 3, 69]), torch.tensor([5, 5])], ids=str)
+def test_logits_to_keep(model, kept):
+    expected = model(tokens()).logits
+    expected = expected[:, -kept:] if isinstance(kept, int) else expected[:, kept]
+    logits = model(tokens(), logits_to_keep=kept).logits
+    assert logits.shape == expected.shape and relative_error(logits, expected) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention_mask", [False, True])
+def test_hidden_states(model, attention_mask):
+    mask = torch.ones_like(tokens())
+    mask[0, -9:] = 0
+    outputs = model.model(tokens(), attention_mask=mask if attention_mask else None, output_hidden_states=True)
+    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
+    assert all(x.shape == (2, 70, HIDDEN) for x in outputs.hidden_states)
+    assert torch.equal(outputs.hidden_states[0], model.get_input_embeddings()(tokens()))
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+    logits = model(tokens(), attention_mask=mask if attention_mask else None).logits
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), logits)
+    causal = model(tokens(), attention_mask=mask if attention_mask else None, output_hidden_states=True)
+    for actual, expected in zip(causal.hidden_states, outputs.hidden_states):
+        assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 12, 13, 200])
+def test_attentions_are_those_of_the_window(length):
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    x = tokens(2, length)
+    outputs = model(x, output_attentions=True, use_cache=False)
+    assert len(outputs.attentions) == model.config.num_hidden_layers
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (back >= 0) & (back < model.config.sliding_window)
+    for weights in outputs.attentions:
+        assert weights.shape == (2, 4, length, length)
+        assert torch.allclose(weights.sum(-1), torch.ones(2, 4, length))
+        assert weights[..., ~seen].count_nonzero() == 0 and (weights[..., seen] > 0).all()
+
+    # Those of the first layer, by their definition.
+    layer = model.model.layers[0]
+    positions = model.model.rotary_emb(torch.zeros(()), torch.arange(length)[None])
+    query, key, _ = layer.self_attn.project(layer.input_layernorm(model.get_input_embeddings()(x)), positions)
+    scores = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * model.config.head_dim**-0.5
+    expected = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    assert relative_error(outputs.attentions[0], expected) <= 1e-5
+    assert relative_error(outputs.logits, model(x).logits) <= 1e-5
+
+
+@torch.no_grad()
+def test_hsa_layers_without_local_attention_have_no_attentions():
+    model = tiny_model(hsa_local_attention=False)
+    model.set_attn_implementation("eager")
+    assert len(model(tokens(), output_attentions=True).attentions) == 3  # one lower layer, two upper ones
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"chunk_topk": 9}, {"num_retrieval_heads": 2}, {"retrieval_stride": 5},
+                                    {"chunk_weighting": "stick_breaking"}, {"chunk_weighting": "joint"}],
+                         ids=str)  # fmt: skip
+def test_retrieval(fields):
+    model = tiny_model(**fields)
+    outputs = model(tokens(), output_retrieval=True)
+    config, stride = model.config, model.config.retrieval_stride
+    assert len(outputs.retrieval) == config.num_upper_groups
+    start = torch.arange(70) // stride * stride  # the token whose retrieval each shares
+    visible = (start // config.chunk_size)[None, :, None].expand(2, 70, config.num_retrieval_heads)
+    for retrieved in outputs.retrieval:
+        indices, scores = retrieved.indices, retrieved.scores
+        assert indices.shape == scores.shape == (2, 70, config.num_retrieval_heads, config.chunk_topk)
+        present = indices >= 0
+        assert torch.equal(present.sum(-1), visible.clamp(max=config.chunk_topk))
+        assert ((indices + 1) * config.chunk_size <= start[None, :, None, None])[present].all()  # strictly in the past
+        assert (indices.diff(dim=-1) < 0)[present[..., 1:]].all()  # nearest first, none twice
+        assert scores[present].isfinite().all() and (scores[~present] == float("-inf")).all()
+        if config.chunk_weighting == "joint":
+            assert retrieved.weights is None
+            continue
+        weights = retrieved.weights
+        assert weights.dtype == torch.float32 and (weights[present] > 0).all()
+        assert (weights[~present] == 0).all()
+        total = weights.sum(-1)
+        if config.chunk_weighting == "softmax":
+            assert torch.allclose(total, present.any(-1).float())
+        else:
+            assert ((total <= 1 + 1e-6) & ((total > 0) == present.any(-1))).all()
+    assert model(tokens()).retrieval is None
+    assert len(model.model(tokens(), output_retrieval=True).retrieval) == config.num_upper_groups
+
+
+@torch.no_grad()
+def test_retrieval_of_a_decoded_token_counts_chunks_from_the_start(model):
+    expected = model(tokens(), output_retrieval=True).retrieval
+    cache = model(tokens()[:, :-1], use_cache=True).past_key_values
+    actual = model(tokens()[:, -1:], past_key_values=cache, output_retrieval=True).retrieval
+    for one, all_ in zip(actual, expected):
+        assert torch.equal(one.indices, all_.indices[:, -1:])
+        assert relative_error(one.weights, all_.weights[:, -1:]) <= 1e-5
+
+
+@torch.no_grad()
+def test_retrieval_of_padded_rows_is_in_the_order_of_the_input(model):
+    # Chunks are counted from the first real token of the row.
+    x, mask = tokens(2), torch.ones(2, 70, dtype=torch.long)
+    mask[0, 41:] = 0
+    mask[1, :13] = 0
+    padded = model(x, attention_mask=mask, output_retrieval=True).retrieval
+    for row in range(2):
+        alone = model(x[row : row + 1, mask[row] != 0], output_retrieval=True).retrieval
+        for actual, expected in zip(padded, alone):
+            assert torch.equal(actual.indices[row, mask[row] != 0], expected.indices[0])
+            assert relative_error(actual.weights[row, mask[row] != 0], expected.weights[0]) <= 1e-5
+
+
+@torch.no_grad()
+def test_outputs_as_a_tuple(model):
+    outputs = model(tokens(), output_hidden_states=True, use_cache=False)
+    logits, hidden_states = model(tokens(), output_hidden_states=True, use_cache=False, return_dict=False)
+    assert torch.equal(logits, outputs.logits) and len(hidden_states) == len(outputs.hidden_states)
+
+
+# -- backends ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 12, 300])
+@pytest.mark.parametrize("length", [1, 70, 200])
+def test_eager_equals_sdpa(length, window):
+    model = tiny_model(sliding_window=window, chunk_topk=50)  # all chunks: rounding cannot change which
+    x, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[0, : length // 3] = 0
+    for arguments in ({}, {"attention_mask": mask}):
+        model.set_attn_implementation("sdpa")
+        expected = model(x, **arguments).logits
+        model.set_attn_implementation("eager")
+        actual = model(x, **arguments).logits
+        for a, b, real in zip(actual, expected, mask if arguments else torch.ones_like(mask)):
+            assert relative_error(a[real != 0], b[real != 0]) <= 1e-5
+
+
+@pytest.fixture
+def flex_attention() -> str:
+    """Skips where FlexAttention, which has to be compiled, cannot be."""
+    model = tiny_model(num_upper_groups=1, num_upper_layers=0)
+    model.set_attn_implementation("flex_attention")
+    torch._dynamo.reset()
+    # PyTorch's C++ for shapes that vary from call to call does not compile in every version: have one program a shape.
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), torch.no_grad():
+        try:
+            model(tokens(1, 20))
+        except Exception as error:
+            pytest.skip(f"FlexAttention cannot be compiled here: {type(error).__name__}: {error}")
+        yield "flex_attention"
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [70, 200])
+def test_flex_attention_equals_sdpa(flex_attention, length):
+    model = tiny_model(chunk_topk=50)
+    x, mask = tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[0, : length // 3] = 0
+    for arguments in ({}, {"attention_mask": mask}):
+        model.set_attn_implementation("sdpa")
+        expected = model(x, **arguments).logits
+        model.set_attn_implementation(flex_attention)
+        actual = model(x, **arguments).logits
+        for a, b, real in zip(actual, expected, mask if arguments else torch.ones_like(mask)):
+            assert relative_error(a[real != 0], b[real != 0]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_flex_attention_generates(flex_attention):
+    model = tiny_model()
+    expected = model.generate(tokens(), max_new_tokens=6, do_sample=False)
+    model.set_attn_implementation(flex_attention)
+    assert torch.equal(model.generate(tokens(), max_new_tokens=6, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("weighting", ["softmax", "stick_breaking", "joint"])
+def test_naive_and_torch_backends_agree(weighting, padded):
+    results = {}
+    for implementation in ("naive", "torch", "auto"):
+        model = tiny_model(chunk_weighting=weighting, hsa_implementation=implementation, num_retrieval_heads=2)
+        mask = torch.ones_like(tokens())
+        mask[0, : 20 * padded] = 0
+        outputs = model(tokens(), attention_mask=mask, labels=tokens().masked_fill(mask == 0, -100))
+        outputs.loss.backward()
+        results[implementation] = (outputs.logits, {name: p.grad for name, p in model.named_parameters()})
+    expected_logits, expected = results["naive"]
+    for implementation in ("torch", "auto"):
+        logits, gradients = results[implementation]
+        assert relative_error(logits, expected_logits) <= 1e-5
+        for name, gradient in expected.items():
+            assert (gradients[name] is None) == (gradient is None), name
+            if gradient is not None and gradient.any():
+                assert relative_error(gradients[name], gradient) <= 1e-4, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["naive", "torch"])
+def test_autocast_does_not_change_the_precision_of_selection(implementation):
+    # Scores are computed in fp32 from what autocast's projections gave in bf16.
+    model = tiny_model(hsa_implementation=implementation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(tokens(), output_retrieval=True)
+    for retrieved in outputs.retrieval:
+        assert retrieved.scores.dtype == torch.float32 and retrieved.weights.dtype == torch.float32
+        scores = retrieved.scores[retrieved.indices >= 0]
+        assert (scores.to(torch.bfloat16).float() != scores).float().mean() > 0.9
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of 70, 40 and 1 tokens, padded with token 0 at the right, at both ends and at the left."""
+    x, mask = tokens(3), torch.ones(3, 70, dtype=torch.long)
+    mask[1, :10], mask[1, 50:] = 0, 0
+    mask[2, :-1] = 0
+    return x * mask, mask
+
+
+@torch.no_grad()
+def test_sequence_classification_of_padded_rows_equals_that_of_the_rows_alone():
+    model = make_head(HSAForSequenceClassification, num_labels=3)
+    x, mask = padded_batch()
+    logits = model(x, attention_mask=mask).logits
+    assert logits.shape == (3, 3)
+    for row in range(3):
+        assert relative_error(logits[row], model(x[row : row + 1, mask[row] != 0]).logits[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [
+        ("single_label_classification", torch.tensor([0, 2, 1])),
+        ("multi_label_classification", torch.tensor([[1.0, 0, 1], [0, 0, 1], [1, 1, 0]])),
+    ],
+)
+def test_sequence_classification_trains(problem, labels):
+    model = make_head(HSAForSequenceClassification, num_labels=3, problem_type=problem).train()
+    x, mask = padded_batch()
+    loss = model(x, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.score.weight.grad.any() and model.model.layers[-1].mlp.up_proj.weight.grad.any()
+
+
+def test_token_classification_of_padded_rows():
+    model = make_head(HSAForTokenClassification, num_labels=5)
+    x, mask = padded_batch()
+    outputs = model(x, attention_mask=mask, labels=(x % 5).masked_fill(mask == 0, -100))
+    assert outputs.logits.shape == (3, 70, 5)
+    alone = [model(x[row : row + 1, mask[row] != 0], labels=x[row : row + 1, mask[row] != 0] % 5) for row in range(3)]
+    for row, expected in enumerate(alone):
+        assert relative_error(outputs.logits[row, mask[row] != 0], expected.logits[0]) <= 1e-5
+    mean = sum(expected.loss * n for expected, n in zip(alone, mask.sum(1))) / mask.sum()
+    assert outputs.loss.item() == pytest.approx(mean.item(), rel=1e-5)
+    outputs.loss.backward()
+    assert model.score.weight.grad.any()
+
+
+def test_question_answering_of_padded_rows():
+    model = make_head(HSAForQuestionAnswering)
+    x, mask = padded_batch()
+    starts, ends = torch.tensor([3, 12, 69]), torch.tensor([9, 12, 69])
+    outputs = model(x, attention_mask=mask, start_positions=starts, end_positions=ends)
+    assert outputs.start_logits.shape == outputs.end_logits.shape == (3, 70)
+    for row in range(3):
+        alone = model(x[row : row + 1, mask[row] != 0])
+        assert relative_error(outputs.start_logits[row, mask[row] != 0], alone.start_logits[0]) <= 1e-5
+        assert relative_error(outputs.end_logits[row, mask[row] != 0], alone.end_logits[0]) <= 1e-5
+    outputs.loss.backward()
+    assert outputs.loss.isfinite() and model.qa_outputs.weight.grad.any()
+
+
+# -- embeddings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_tied_or_not(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+    count = sum(p.numel() for p in model.parameters())
+    other = sum(p.numel() for p in tiny_model(tie_word_embeddings=not tied).parameters())
+    assert count - other == VOCABULARY * HIDDEN * (-1 if tied else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [120, 60])
+def test_vocabulary_can_be_resized(tied, size, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    x = tokens() % 60
+    before = model(x).logits
+    model.resize_token_embeddings(size)
+    assert model.config.vocab_size == size
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+    logits = model(x).logits
+    assert logits.shape[-1] == size
+    assert relative_error(logits[..., :60], before[..., :60]) <= 1e-6
+    assert model(torch.full((1, 5), size - 1)).logits.shape == (1, 5, size)
+    with pytest.raises(ValueError, match=rf"\[0, {size}\)"):
+        model(torch.full((1, 5), size))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(HSAForCausalLM.from_pretrained(tmp_path)(x).logits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_model_computes_in_its_dtype(dtype):
+    model = tiny_model().to(dtype)
+    outputs = model(tokens(), labels=tokens(), output_hidden_states=True)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == dtype and {x.dtype for x in outputs.hidden_states} == {dtype}
+    assert outputs.logits.isfinite().all()
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == dtype and p.grad.isfinite().all(), name
+    if dtype == torch.float64:
+        assert relative_error(outputs.logits, tiny_model()(tokens()).logits) <= 1e-4
