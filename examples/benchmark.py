@@ -16,6 +16,7 @@ import platform
 import re
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -43,6 +44,10 @@ LLAMA = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 1 << 20,
 }
+
+
+# Settings of glibc's allocator, read when a process starts.
+RETURNS_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def build(name: str):
@@ -103,43 +108,74 @@ def cache_bytes(cache) -> int:
     return total
 
 
-def run_one(name: str, what: str, length: int, queue) -> None:
-    """Runs one measurement and puts its result into the queue."""
+def train_step(model, input_ids, with_backward: bool) -> None:
+    with torch.set_grad_enabled(with_backward):
+        loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    if with_backward:
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def measure_training(model, input_ids) -> list[dict]:
+    repeats = 3 if input_ids.shape[1] <= 4096 else 1
+    results = []
+    for what in ("forward", "backward"):
+        train_step(model, input_ids[:, :256], what == "backward")
+        results.append({"what": what} | _measure(lambda: train_step(model, input_ids, what == "backward"), repeats))  # noqa: B023
+    return results
+
+
+@torch.inference_mode()
+def measure_generation(model, input_ids) -> list[dict]:
+    """Prefill, once (keeping an earlier cache, or freeing it, would blur the memory of the next), and decoding."""
+    prefill(model, input_ids[:, :256])
+    kept = []
+    result = {"what": "prefill"} | _measure(lambda: kept.append(prefill(model, input_ids)), 1)
+    cache = kept[0]
+    result["cache_mib"] = cache_bytes(cache) / 2**20
+    token, steps = input_ids[:, :1], 128  # two chunks, so that the cost of encoding a chunk is in
+    for _ in range(4):
+        model(token, past_key_values=cache, use_cache=True)
+    start = time.perf_counter()
+    for _ in range(steps):
+        model(token, past_key_values=cache, use_cache=True)
+    decode = {"what": "decode", "seconds": (time.perf_counter() - start) / steps, "cache_mib": result["cache_mib"]}
+    return [result, decode]
+
+
+@torch.inference_mode()
+def measure_memory(model, input_ids) -> list[dict]:
+    """
+    Peak memory of prefill beyond the cache. In its own process with an allocator that returns what is freed (`main`
+    sets it), which costs time but keeps fragmentation out of the figure.
+    """
+    prefill(model, input_ids[:, :256])
+    kept = []
+    peak = _measure(lambda: kept.append(prefill(model, input_ids)), 1)["peak_mib"]
+    cache = cache_bytes(kept[0]) / 2**20
+    return [{"what": "memory", "peak_mib": peak, "cache_mib": cache, "beyond_cache_mib": peak - cache}]
+
+
+MEASURES = {"training": measure_training, "generation": measure_generation, "memory": measure_memory}
+
+
+def run_one(name: str, what: str, length: int) -> list[dict]:
+    """The measurements of one kind, in this process."""
     model = build(name)
-    generator = torch.Generator().manual_seed(length)
-    input_ids = torch.randint(VOCAB_SIZE, (1, length), generator=generator)
-    warm_up = input_ids[:, :256]
-    repeats = 3 if length <= 8192 else 1
-    if what in ("forward", "backward"):
+    input_ids = torch.randint(VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(length))
+    results = MEASURES[what](model.train(what == "training"), input_ids)
+    return [{"model": name, "length": length} | result for result in results]
 
-        def step(ids):
-            with torch.set_grad_enabled(what == "backward"):
-                loss = model(ids, labels=ids, use_cache=False).loss
-                if what == "backward":
-                    loss.backward()
-                    model.zero_grad(set_to_none=True)
 
-        step(warm_up)
-        queue.put(_measure(lambda: step(input_ids), repeats))
-        return
-    model.eval()
-    with torch.inference_mode():
-        prefill(model, warm_up)
-        kept = []
-        # One run: keeping an earlier cache, or freeing it, would blur the memory of the next.
-        result = _measure(lambda: kept.append(prefill(model, input_ids)), 1)
-        cache = kept[0]
-        result["cache_mib"] = cache_bytes(cache) / 2**20
-        result["beyond_cache_mib"] = result["peak_mib"] - result["cache_mib"]
-        if what == "decode":
-            token, steps = input_ids[:, :1], 128  # two chunks: the cost of encoding a chunk is in
-            for _ in range(4):
-                model(token, past_key_values=cache, use_cache=True)
-            start = time.perf_counter()
-            for _ in range(steps):
-                model(token, past_key_values=cache, use_cache=True)
-            result = {"seconds": (time.perf_counter() - start) / steps, "cache_mib": result["cache_mib"]}
-    queue.put(result)
+def print_row(row: dict) -> None:
+    ms = f"{row['seconds'] * 1e3:.1f}" if "seconds" in row else ""
+    per_1k = f"{row['seconds'] * 1e6 / row['length']:.1f}" if ms and row["what"] != "decode" else ""
+    memory = [f"{row[field]:.0f}" if field in row else "" for field in ("peak_mib", "cache_mib", "beyond_cache_mib")]
+    print(
+        f"{row['model']:6} {row['what']:9} {row['length']:7} {ms:>10} {per_1k:>10} "
+        f"{memory[0]:>9} {memory[1]:>10} {memory[2]:>11}",
+        flush=True,
+    )
 
 
 def hardware() -> dict[str, str | int]:
@@ -163,7 +199,7 @@ def plot(results: dict, file: Path) -> None:
     panels = [
         ("backward", "seconds", "training step, s"),
         ("prefill", "seconds", "prefill, s"),
-        ("prefill", "beyond_cache_mib", "prefill memory beyond the cache, MiB"),
+        ("memory", "beyond_cache_mib", "prefill memory beyond the cache, MiB"),
         ("decode", "seconds", "decode, s per token"),
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.6))
@@ -182,32 +218,28 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for results.json and benchmark.png")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--max_train_length", type=int, default=16384, help="longest training step")
-    parser.add_argument("--what", nargs="+", default=["forward", "backward", "prefill", "decode"])
+    parser.add_argument("--what", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     parser.add_argument("--models", nargs="+", default=["hsa", "llama"])
     arguments = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
     measurements = []
-    print(f"{'model':6} {'what':9} {'tokens':>7} {'ms':>10} {'ms/1K tok':>10} {'peak MiB':>9} {'cache MiB':>9}")
+    header = ("model", "what", "tokens", "ms", "ms/1K tok", "peak MiB", "cache MiB", "beyond it")
+    print("{:6} {:9} {:>7} {:>10} {:>10} {:>9} {:>10} {:>11}".format(*header))
     for what in arguments.what:
         for length in arguments.lengths:
-            if what in ("forward", "backward") and length > arguments.max_train_length:
+            if what == "training" and length > arguments.max_train_length:
                 continue
             for name in arguments.models:
-                queue = context.Queue()
-                process = context.Process(target=run_one, args=(name, what, length, queue))
-                process.start()
-                process.join()
-                if process.exitcode:
-                    raise RuntimeError(f"{name} {what} at {length} tokens failed with exit code {process.exitcode}.")
-                result = {"model": name, "what": what, "length": length} | queue.get()
-                measurements.append(result)
-                ms = result["seconds"] * 1e3
-                per_1k = "" if what == "decode" else f"{ms / length * 1000:.1f}"
-                memory = [f"{result[f]:.0f}" if f in result else "" for f in ("peak_mib", "cache_mib")]
-                print(
-                    f"{name:6} {what:9} {length:7} {ms:10.1f} {per_1k:>10} {memory[0]:>9} {memory[1]:>9}", flush=True
-                )
+                environment = RETURNS_FREED_MEMORY if what == "memory" else {}
+                os.environ.update(environment)
+                with ProcessPoolExecutor(1, mp_context=context) as process:
+                    rows = process.submit(run_one, name, what, length).result()
+                for variable in environment:
+                    del os.environ[variable]
+                measurements += rows
+                for row in rows:
+                    print_row(row)
 
     results = {
         "hardware": hardware(),
@@ -218,7 +250,7 @@ def main() -> None:
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    if set(arguments.what) >= {"backward", "prefill", "decode"}:
+    if set(arguments.what) == set(MEASURES):
         plot(results, output / "benchmark.png")
 
 

@@ -20,20 +20,28 @@ class RowState(NamedTuple):
 
 
 class TokenLayout(NamedTuple):
-    """Layout of the L tokens of a call. n is 1 where all rows agree, else B."""
+    """
+    Layout of the L tokens of a call; n is 1 where all rows agree, else B.
 
-    position_ids: torch.Tensor  # [n, L] RoPE positions
-    position: torch.Tensor  # [n, L] tokens of the document before this one; 0 for padding
-    first_chunk: (
-        torch.Tensor
-    )  # [n, L] chunk i of the memory is visible iff first_chunk <= i < first_chunk + position // S
-    order: torch.Tensor | None  # [B, L] permutation that moves padding to the left, None if nothing has to move
-    real: torch.Tensor | None  # [B, L] in aligned order: whether a token is real, None if all are
-    past: int | None  # tokens before this call where all rows agree and nothing is padded or packed, else None
-    chunk_end: (
-        torch.Tensor | None
-    )  # [B, L] in aligned order: whether the token completes a chunk; None if `past` is known
-    num_chunks: torch.Tensor | None  # [B] chunks of earlier calls; None if `past` is known
+    "Aligned order" is the order of the tokens with the padding of each row moved to its left end.
+    """
+
+    # [n, L] RoPE positions.
+    position_ids: torch.Tensor
+    # [n, L] How many tokens of its document come before a token; 0 for padding.
+    position: torch.Tensor
+    # [n, L] A token sees chunk i of the memory iff first_chunk <= i < first_chunk + position // S.
+    first_chunk: torch.Tensor
+    # [B, L] The permutation to aligned order; None if nothing has to move.
+    order: torch.Tensor | None
+    # [B, L] in aligned order: whether a token is real; None if all are.
+    real: torch.Tensor | None
+    # Tokens before this call, where all rows agree and nothing is padded or packed. The next two are then None.
+    past: int | None
+    # [B, L] in aligned order: whether a token completes a chunk.
+    chunk_end: torch.Tensor | None
+    # [B] Chunks of earlier calls.
+    num_chunks: torch.Tensor | None
 
     @property
     def counts(self) -> torch.Tensor | None:

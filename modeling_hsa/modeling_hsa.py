@@ -21,7 +21,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -167,15 +167,13 @@ class HSAModel(HSAPreTrainedModel):
             input_ids: int64 [B, L], or `inputs_embeds` [B, L, hidden_size].
             attention_mask: [B, cached + L], 0 for padding. Padding counts as absent, wherever it is: positions and the
                 chunk grid of a row start at its first real token. Columns of cached tokens are not looked at again.
-            position_ids: int64 [1 | B, L]. Where they do not increase a new document starts (packing): neither window
-            nor
-                retrieval crosses it. Counted from the mask and the cache by default.
+            position_ids: int64 [1 | B, L]. Where they do not increase a new document starts (packing), and neither
+                window nor retrieval crosses it. By default they are counted from the mask and the cache.
             past_key_values: an [`HSACache`].
             use_cache: whether to return a cache, one being made if none is given.
             output_retrieval (`bool`): return what every token retrieved.
-            output_hidden_states, output_attentions (`bool`): as in Transformers; attentions, [B, Hq, L, keys in reach]
-            of
-                the window, need `attn_implementation="eager"`.
+            output_hidden_states, output_attentions (`bool`): as in Transformers. Attentions are those of the window,
+                [B, Hq, L, keys in reach], and need `attn_implementation="eager"`.
 
         Raises:
             ValueError: for inputs that do not fit together, with the name of the argument and the fix.
@@ -350,6 +348,23 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
+    # `config.max_position_embeddings` is the length of training and no limit, as Transformers takes it to be: it cuts
+    # its default length to it and warns beyond it.
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = generation_config.max_length
+        return super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """
         Reads all but the last `prefill_chunk_size` tokens of the prompt into the cache, in segments and without
@@ -364,16 +379,19 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         # Who asks for what the layers computed gets it for the whole prompt, so in one piece.
         observed = generation_config.output_hidden_states or generation_config.output_attentions
         if segment is not None and cache is not None and not observed:
-            input_ids = self._prefill_segments(input_ids, segment, cache, model_kwargs, is_first_iteration)
+            # Transformers leaves out a mask of ones, from 5.18 on, and notes its length.
+            mask = model_kwargs.get("attention_mask")
+            total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
+            input_ids = self._prefill_segments(input_ids, segment, cache, model_kwargs, is_first_iteration, total)
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
-    def _prefill_segments(self, input_ids, segment, cache, model_kwargs, is_first_iteration):
-        """Returns the token ids that are left to read."""
+    def _prefill_segments(self, input_ids, segment, cache, model_kwargs, is_first_iteration, total):
+        """`total`: tokens of the prompt, cached ones included. Returns the token ids that are left to read."""
         mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         past = cache.get_seq_length()
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
         prompt = input_ids if embeds is None else embeds
-        if embeds is not None or (mask is not None and mask.shape[1] == prompt.shape[1]):
+        if embeds is not None or prompt.shape[1] == total:
             prompt = prompt[:, past:]  # it holds the cached tokens too
         length = prompt.shape[1]
         if length <= segment:

@@ -130,9 +130,9 @@ def chunk_weights(scores: torch.Tensor, indices: torch.Tensor, kind: str, implem
 
     Args:
         scores, indices: [B, L, Hr, K] as `select_chunks` returns them, nearest chunk first; index -1 for absent.
-        kind: `"softmax"` over the scores; `"stick_breaking"`, `w_i = sigmoid(s_i) * prod_{j nearer} (1 -
-        sigmoid(s_j))`;
-            or `"joint"`, for which the weights depend on the tokens of the chunks and are left to `chunk_attention`.
+        kind: `"softmax"` over the scores; `"stick_breaking"` from the nearest chunk on,
+            `w_i = sigmoid(s_i) * prod_{j nearer} (1 - sigmoid(s_j))`; or `"joint"`, for which the weights depend on
+            the tokens of the chunks and are left to `chunk_attention`.
 
     Returns:
         weights [B, L, Hr, K] fp32, 0 for absent chunks; None for `"joint"`.
@@ -175,9 +175,8 @@ def chunk_attention(
         k, v: [B, C * S, Hkv, D], of the dtype and on the device of `q`; Hkv divides Hq. Query head h attends with
             key/value head `h // (Hq / Hkv)` to the chunks of retrieval head `h // (Hq / Hr)`.
         weights: [B, L, Hr, K], or None for `joint`: one softmax over all tokens of the retrieved chunks.
-        indices: [B, L, Hr, K] integer, each in [-1, C), no chunk twice for a query; -1: none. Hr divides Hq, and one
-        of
-            Hr and Hkv the other. Not range-checked, as that would stall the device.
+        indices: [B, L, Hr, K] integer, each in [-1, C), no chunk twice for a query; -1: none. Hr divides Hq, and
+            one of Hr and Hkv the other. Not range-checked, as that would stall the device.
         chunk_size: S.
         scale: defaults to `D ** -0.5`.
         implementation: see the module.

@@ -46,7 +46,7 @@ def chunk_weights(scores, indices, kind):
     Weights of the retrieved chunks: `softmax` over the scores, or `stick_breaking`,
     `w_i = sigmoid(s_i) * prod_{j nearer than i} (1 - sigmoid(s_j))`. Absent chunks weigh 0.
 
-    Args: scores [b, l, r, k]; indices [b, l, r, k], in any order, -1 for absent.
+    Args: scores [b, l, r, k]; indices [b, l, r, k], -1 for absent.
     Returns: weights [b, l, r, k] fp32.
     """
     present = indices >= 0

@@ -9,7 +9,7 @@ from .precision import without_autocast
 
 
 # Scores, or gathered landmark entries, held at once.
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 _ABSENT = torch.iinfo(torch.int64).min
 
 

@@ -1,0 +1,463 @@
+"""`generate` and pipelines: every way of decoding gives the tokens it would give without a cache, row by row."""
+
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+from modeling_hsa import HSACache
+
+from .conftest import LENGTHS, OTHER_ORDER, SAME_ARITHMETIC, make_variant, random_ids
+from .helpers import relative_error, tiny_model
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+
+
+@torch.no_grad()
+def decode_without_cache(model, ids, steps: int = 24, attention_mask=None) -> torch.Tensor:
+    """Greedy decoding with a full forward for every token; [B, L + steps]."""
+    for _ in range(steps):
+        logits = model(ids, attention_mask=attention_mask, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        if attention_mask is not None:
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+    return ids
+
+
+def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of rows of these lengths, padded on the left."""
+    total = max(lengths)
+    ids = random_ids(len(lengths), total)
+    mask = torch.stack([(torch.arange(total) >= total - length).long() for length in lengths])
+    return ids * mask, mask
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Knows one word per token of the tiny model: `[PAD]`, `[EOS]`, `w2` to `w97`, `abcdef`."""
+    words = ["[PAD]", "[EOS]", *(f"w{i}" for i in range(2, 98)), "abcdef"]  # stop strings need that last word
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[PAD]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture
+def segment_lengths(model):
+    """The lengths of the calls of the shared model from here on."""
+    lengths = []
+
+    def record(module, args, kwargs):
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        lengths.append(next(x for x in given if x is not None).shape[1])
+
+    hook = model.model.register_forward_pre_hook(record, with_kwargs=True)
+    yield lengths
+    hook.remove()
+
+
+# -- ways to decode ---------------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_argmax_of_full_forwards(variant_model):
+    ids = random_ids(2, 50)
+    assert torch.equal(variant_model.generate(ids, **GREEDY), decode_without_cache(variant_model, ids))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_greedy_works_from_a_prompt_of_any_length(model, length):
+    ids = random_ids(1, length)
+    assert torch.equal(model.generate(ids, **GREEDY), decode_without_cache(model, ids))
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 16])
+def test_the_logits_of_generate_are_those_of_one_pass(variant_model, prefill_chunk_size):
+    ids = random_ids(2, 50)
+    outputs = variant_model.generate(
+        ids, output_logits=True, return_dict_in_generate=True, prefill_chunk_size=prefill_chunk_size, **GREEDY
+    )
+    expected = variant_model(outputs.sequences, use_cache=False).logits[:, 49:-1]
+    assert relative_error(torch.stack(outputs.logits, dim=1), expected) <= OTHER_ORDER
+
+
+def test_generate_needs_no_prompt():
+    model = tiny_model(bos_token_id=7)
+    assert torch.equal(model.generate(**GREEDY), decode_without_cache(model, torch.tensor([[7]])))
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    ids = random_ids(2, 50)
+    sampled = []
+    for seed, use_cache in ((1, True), (1, True), (1, False), (2, True)):
+        torch.manual_seed(seed)
+        sampled.append(model.generate(ids, do_sample=True, max_new_tokens=24, pad_token_id=0, use_cache=use_cache))
+    assert torch.equal(sampled[0], sampled[1])
+    assert torch.equal(sampled[0], sampled[2])
+    assert not torch.equal(sampled[0], sampled[3])
+
+
+def test_several_sequences_per_prompt_are_those_of_a_repeated_prompt(model):
+    ids, mask = left_padded(50, 33)
+    settings = {"do_sample": True, "max_new_tokens": 24, "pad_token_id": 0}
+    torch.manual_seed(0)
+    several = model.generate(ids, attention_mask=mask, num_return_sequences=3, **settings)
+    torch.manual_seed(0)
+    ids, mask = (x.repeat_interleave(3, dim=0) for x in (ids, mask))
+    assert torch.equal(several, model.generate(ids, attention_mask=mask, **settings))
+    assert several.shape == (6, 74)
+    assert len({tuple(row.tolist()) for row in several}) == 6
+
+
+class _CountingCache(HSACache):
+    """Counts the times its rows changed places."""
+
+    reorders = 0
+
+    def reorder_cache(self, beam_idx):
+        self.reorders += not torch.equal(beam_idx, torch.arange(len(beam_idx)))
+        super().reorder_cache(beam_idx)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", ["default", "stride_3", "window_of_one"])
+def test_beam_search_reorders_the_cache(name, do_sample):
+    model = make_variant(name)
+    ids, mask = left_padded(50, 29)
+    cache = _CountingCache(model.config)
+    settings = {"attention_mask": mask, "num_beams": 4, "num_return_sequences": 2} | GREEDY | {"do_sample": do_sample}
+    torch.manual_seed(0)
+    with_cache = model.generate(ids, past_key_values=cache, **settings)
+    torch.manual_seed(0)
+    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **settings))
+    assert cache.reorders > 0
+    assert cache.batch_size == 8
+
+
+def test_left_padded_rows_generate_what_they_generate_alone(variant_model):
+    ids, mask = left_padded(50, 33, 17, 1)
+    together = variant_model.generate(ids, attention_mask=mask, **GREEDY)
+    for row, length in enumerate((50, 33, 17, 1)):
+        alone = variant_model.generate(ids[row : row + 1, 50 - length :], **GREEDY)
+        assert torch.equal(together[row, 50 - length :], alone[0])
+
+
+def test_a_row_that_ends_early_leaves_the_others_alone(model):
+    ids, mask = left_padded(50, 33)
+    free = model.generate(ids, attention_mask=mask, **GREEDY)
+    end = free[0, 50 + 5].item()  # a token the first row comes to
+    together = model.generate(ids, attention_mask=mask, eos_token_id=end, **GREEDY)
+    for row, length in enumerate((50, 33)):
+        alone = model.generate(ids[row : row + 1, 50 - length :], eos_token_id=end, **GREEDY)[0]
+        assert torch.equal(together[row, 50 - length :][: len(alone)], alone)
+        assert (together[row, 50 - length :][len(alone) :] == 0).all()
+    assert (together[0, 50:] == end).sum() == 1
+
+
+def test_guidance_works_with_a_cache(model):
+    """Classifier-free guidance keeps a second cache of its own."""
+    ids = random_ids(1, 50)
+    with_cache = model.generate(ids, guidance_scale=1.5, **GREEDY)
+    assert torch.equal(with_cache, model.generate(ids, guidance_scale=1.5, use_cache=False, **GREEDY))
+
+
+def test_a_packed_prompt_continues_its_last_document(model):
+    ids = random_ids(1, 50)
+    position_ids = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    packed = model.generate(ids, position_ids=position_ids, prefill_chunk_size=16, **GREEDY)
+    assert torch.equal(packed[:, 20:], model.generate(ids[:, 20:], **GREEDY))
+
+
+# -- streaming and stopping -------------------------------------------------------------------------------------------
+
+
+def test_a_streamer_gets_the_text_as_it_comes(model, tokenizer, capsys):
+    ids = random_ids(1, 50)
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    sequences = model.generate(ids, streamer=streamer, prefill_chunk_size=16, **GREEDY)
+    assert capsys.readouterr().out.split() == tokenizer.decode(sequences[0, 50:]).split()
+
+
+def test_a_streamer_gets_the_prompt_too(model, tokenizer):
+    ids = random_ids(1, 50)
+    streamer = TextIteratorStreamer(tokenizer)
+    sequences = model.generate(ids, streamer=streamer, **GREEDY)
+    assert "".join(streamer).split() == tokenizer.decode(sequences[0]).split()
+
+
+class _AfterTokens(StoppingCriteria):
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_stopping_criteria_stop(model):
+    ids = random_ids(2, 50)
+    stopped = model.generate(ids, stopping_criteria=[_AfterTokens(60)], **GREEDY)
+    assert torch.equal(stopped, model.generate(ids, **GREEDY)[:, :60])
+
+
+def test_stop_strings_stop(model, tokenizer):
+    ids = random_ids(1, 50)
+    free = model.generate(ids, **GREEDY)[0]
+    word = tokenizer.convert_ids_to_tokens(free[50 + 5].item())
+    stopped = model.generate(ids, stop_strings=[word], tokenizer=tokenizer, **GREEDY)[0]
+    assert torch.equal(stopped, free[: len(stopped)])
+    assert word in tokenizer.decode(stopped[-1])
+    assert len(stopped) <= 50 + 6
+
+
+# -- long prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [1, 7, 16, 49, 50, 51])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole rows", "padded rows"])
+@pytest.mark.parametrize("is_embedded", [False, True], ids=["input_ids", "inputs_embeds"])
+def test_a_prompt_read_in_segments_gives_what_one_piece_gives(
+    model, segment_lengths, prefill_chunk_size, is_padded, is_embedded
+):
+    ids, mask = left_padded(50, 23 if is_padded else 50)
+    expected = model.generate(ids, attention_mask=mask, prefill_chunk_size=None, **GREEDY)
+    prompt = {"input_ids": ids}
+    if is_embedded:
+        prompt, expected = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}, expected[:, 50:]
+
+    segment_lengths.clear()
+    sequences = model.generate(**prompt, attention_mask=mask, prefill_chunk_size=prefill_chunk_size, **GREEDY)
+    assert torch.equal(sequences, expected)
+    segments, rest = divmod(50, prefill_chunk_size)
+    assert segment_lengths == [prefill_chunk_size] * segments + [rest] * (rest > 0) + [1] * 23
+
+
+def test_embeddings_can_come_with_the_ids_they_stand_for(model):
+    ids = random_ids(2, 50)
+    embeds = model.get_input_embeddings()(ids).detach()
+    sequences = model.generate(ids, inputs_embeds=embeds, prefill_chunk_size=16, **GREEDY)
+    assert torch.equal(sequences, model.generate(ids, **GREEDY))
+
+
+def test_prompts_of_thousands_of_tokens_are_read_in_segments_by_default(model, segment_lengths):
+    ids = random_ids(1, 5000)
+    sequences = model.generate(ids, do_sample=False, max_new_tokens=2, pad_token_id=0)
+    assert segment_lengths == [4096, 904, 1]
+    whole = model.generate(ids, do_sample=False, max_new_tokens=2, pad_token_id=0, prefill_chunk_size=None)
+    assert torch.equal(sequences, whole)
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [7, 50])
+def test_position_ids_are_cut_with_the_prompt(model, prefill_chunk_size):
+    ids, position_ids = random_ids(1, 50), torch.arange(7, 57)[None]
+    sequences = model.generate(ids, position_ids=position_ids, prefill_chunk_size=prefill_chunk_size, **GREEDY)
+    assert torch.equal(sequences, model.generate(ids, position_ids=position_ids, use_cache=False, **GREEDY))
+
+
+# -- continuing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 16, 4096])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole rows", "padded rows"])
+@pytest.mark.parametrize("given", ["all ids", "new ids"])
+def test_a_conversation_goes_on_from_the_returned_cache(model, segment_lengths, given, is_padded, prefill_chunk_size):
+    ids, mask = left_padded(50, 23 if is_padded else 50)
+    cache, cached = None, 0
+    for _ in range(3):
+        segment_lengths.clear()
+        outputs = model.generate(
+            ids if given == "all ids" else ids[:, cached:],
+            attention_mask=mask,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+            prefill_chunk_size=prefill_chunk_size,
+            **GREEDY,
+        )
+        assert sum(segment_lengths) == ids.shape[1] - cached + 23  # nothing is read twice
+        alone = model.generate(ids, attention_mask=mask, **GREEDY)
+        assert torch.equal(outputs.sequences[:, -24:], alone[:, -24:])
+        cache = outputs.past_key_values
+        cached = cache.get_seq_length()
+        assert cached == alone.shape[1] - 1
+        ids = torch.cat([alone, random_ids(2, 40)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 64), value=1)
+
+
+def test_one_cached_prefix_serves_many_prompts(model):
+    prefix = random_ids(1, 60)
+    with torch.no_grad():
+        cache = model(prefix).past_key_values
+    for length in (1, 17, 40):
+        ids = torch.cat([prefix, random_ids(1, length)], dim=1)
+        sequences = model.generate(ids, past_key_values=copy.deepcopy(cache), prefill_chunk_size=16, **GREEDY)
+        assert torch.equal(sequences, model.generate(ids, **GREEDY))
+
+
+def test_embeddings_continue_a_cache(model):
+    ids = random_ids(2, 50)
+    embeds = model.get_input_embeddings()(ids).detach()
+    with torch.no_grad():
+        cache = model(ids[:, :13]).past_key_values
+    sequences = model.generate(inputs_embeds=embeds, past_key_values=cache, prefill_chunk_size=8, **GREEDY)
+    assert torch.equal(sequences, model.generate(ids, **GREEDY)[:, 50:])
+
+
+def test_beam_search_goes_on_from_a_repeated_cache(model):
+    ids = random_ids(2, 50)
+    with torch.no_grad():
+        cache = model(ids[:, :30]).past_key_values
+    cache.batch_repeat_interleave(3)
+    sequences = model.generate(ids, past_key_values=cache, num_beams=3, **GREEDY)
+    assert torch.equal(sequences, model.generate(ids, num_beams=3, **GREEDY))
+
+
+# -- assisted generation ----------------------------------------------------------------------------------------------
+
+
+def assistant_of(model, tokens: int, noise: float = 0.1):
+    """A model that drafts `tokens` tokens at a time, most but not all of which are right."""
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.mul_(1 + noise * torch.randn_like(parameter))
+    draft = assistant.generation_config
+    draft.num_assistant_tokens, draft.num_assistant_tokens_schedule = tokens, "constant"
+    draft.assistant_confidence_threshold = 0.0
+    return assistant
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole row", "padded row"])
+@pytest.mark.parametrize("tokens", [3, 20])  # less and more than the window
+@pytest.mark.parametrize("name", ["default", "stride_3", "window_of_one"])
+def test_assisted_generation_equals_greedy(name, tokens, is_padded):
+    model = make_variant(name)
+    ids, mask = random_ids(1, 50), torch.ones(1, 50, dtype=torch.long)
+    mask[:, : 9 * is_padded] = 0
+    settings = {"attention_mask": mask} | GREEDY | {"max_new_tokens": 40}
+    assisted = model.generate(ids, assistant_model=assistant_of(model, tokens), **settings)
+    assert torch.equal(assisted, model.generate(ids, **settings))
+
+
+def test_a_cache_can_be_continued_after_assisted_generation(model):
+    ids = random_ids(1, 50)
+    outputs = model.generate(ids, assistant_model=assistant_of(model, 5), return_dict_in_generate=True, **GREEDY)
+    ids = torch.cat([outputs.sequences, random_ids(1, 40)], dim=1)
+    sequences = model.generate(ids, past_key_values=outputs.past_key_values, **GREEDY)
+    assert torch.equal(sequences, model.generate(ids, **GREEDY))
+
+
+def test_prompt_lookup_equals_greedy(variant_model):
+    ids = random_ids(1, 10).repeat(1, 5)
+    sequences = variant_model.generate(ids, prompt_lookup_num_tokens=20, **GREEDY)
+    assert torch.equal(sequences, variant_model.generate(ids, **GREEDY))
+
+
+def test_models_of_other_kinds_assist_and_are_assisted(model):
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    initializer_range=0.2)
+    ).eval()  # fmt: skip
+    ids = random_ids(1, 50)
+    for target, assistant in ((model, llama), (llama, copy.deepcopy(model))):
+        assert torch.equal(target.generate(ids, assistant_model=assistant, **GREEDY), target.generate(ids, **GREEDY))
+
+
+# -- kinds of cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("kind", ["offloaded", "dynamic"])
+@pytest.mark.parametrize("name", ["default", "joint", "stride_3"])
+def test_other_kinds_of_cache_give_the_same(name, kind, num_beams):
+    model, (ids, mask) = make_variant(name), left_padded(50, 23)
+    settings = {"attention_mask": mask, "num_beams": num_beams} | GREEDY
+    sequences = model.generate(ids, cache_implementation=kind, **settings)
+    assert torch.equal(sequences, model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("kind", ["static", "offloaded_static", "quantized"])
+def test_kinds_of_cache_that_do_not_exist_here_are_refused(model, kind):
+    with pytest.raises(ValueError, match=f"cache_implementation='{kind}'.*HSACache.*offloaded"):
+        model.generate(random_ids(1, 5), cache_implementation=kind, **GREEDY)
+
+
+def test_a_cache_of_another_kind_is_refused(model):
+    with pytest.raises(TypeError, match="past_key_values.*HSACache.*DynamicCache"):
+        model.generate(random_ids(1, 5), past_key_values=DynamicCache(), **GREEDY)
+
+
+# -- what the layers computed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 16])
+def test_generate_returns_hidden_states_of_the_whole_prompt(model, prefill_chunk_size):
+    ids = random_ids(2, 50)
+    outputs = model.generate(
+        ids, output_hidden_states=True, return_dict_in_generate=True, prefill_chunk_size=prefill_chunk_size, **GREEDY
+    )
+    expected = model(outputs.sequences, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(expected) == model.config.num_hidden_layers + 1
+    assert len(outputs.hidden_states) == 24
+    for layer, whole in enumerate(expected):
+        steps = torch.cat([step[layer] for step in outputs.hidden_states], dim=1)
+        assert relative_error(steps, whole[:, :-1]) <= OTHER_ORDER
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 16])
+def test_generate_returns_attentions_of_the_whole_prompt(prefill_chunk_size):
+    model, ids = make_variant("eager_attention"), random_ids(2, 50)
+    outputs = model.generate(
+        ids, output_attentions=True, return_dict_in_generate=True, prefill_chunk_size=prefill_chunk_size, **GREEDY
+    )
+    expected = model(ids, output_attentions=True, use_cache=False).attentions
+    assert len(outputs.attentions) == 24
+    assert len(expected) == model.config.num_hidden_layers
+    for weights, whole in zip(outputs.attentions[0], expected):
+        assert weights.shape == (2, model.config.num_attention_heads, 50, 50)
+        assert relative_error(weights, whole) <= SAME_ARITHMETIC
+    for step in outputs.attentions[1:]:
+        for weights in step:
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, model.config.num_attention_heads, 1))
+
+
+def test_attentions_that_the_implementation_does_not_give_are_refused(model):
+    with pytest.raises(ValueError, match="output_attentions.*attn_implementation='eager'"):
+        model.generate(random_ids(1, 5), output_attentions=True, return_dict_in_generate=True, **GREEDY)
+
+
+def test_retrieval_is_not_silently_left_out(model):
+    """`generate` has no place for it in its output; `model(sequences, output_retrieval=True)` gives it afterwards."""
+    with pytest.raises(ValueError, match="output_retrieval"):
+        model.generate(random_ids(1, 5), output_retrieval=True, return_dict_in_generate=True, **GREEDY)
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_pipeline_generates_what_generate_does(model, tokenizer, batch_size):
+    texts = [tokenizer.decode(random_ids(length)) for length in (50, 7, 23)]
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    settings = {"do_sample": False, "max_new_tokens": 24, "return_full_text": False}
+    results = generator(texts, batch_size=batch_size, **settings)
+    for text, (result,) in zip(texts, results):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        expected = tokenizer.decode(model.generate(ids, **GREEDY)[0, ids.shape[1] :], skip_special_tokens=True)
+        assert result["generated_text"].split() == expected.split()
