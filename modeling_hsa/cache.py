@@ -74,16 +74,17 @@ class TokenHistory:
         self.buffer[..., :size, :] = kept
         self.start, self.end = 0, size
 
-    def crop(self, tokens: int | torch.Tensor) -> None:
-        """Forgets the last `tokens` tokens, of each row or [B] row by row."""
+    def crop(self, tokens: int | torch.Tensor, most: int) -> None:
+        """Forgets the last `tokens` tokens, of each row or [B] row by row, in which case `most` is their maximum."""
         if self.buffer is None:
             return
         if isinstance(tokens, int):
             self.end -= tokens
             return
+        # The rows move to the right by what they forget. What is then left in all of them is shorter by the maximum.
         stored = self.tokens
-        source = torch.arange(stored.shape[-2], device=stored.device) - tokens.to(stored.device)[:, None]
-        self._store(_gather_tokens(stored, source.clamp(min=0)))
+        end = torch.arange(most, stored.shape[-2], device=stored.device)
+        self._store(_gather_tokens(stored, end - tokens.to(stored.device)[:, None]))
 
     def apply(self, function) -> None:
         if self.buffer is not None:
@@ -167,8 +168,7 @@ class ChunkStore:
     def append(self, landmarks, keys, values, num_chunks: int | torch.Tensor, max_chunks: int):
         """
         Adds n chunks after the first `num_chunks` of each row (an int, or [B] where rows differ). `max_chunks` is the
-        most chunks any row can then have. Returns landmarks, keys and values of the first `max_chunks` chunks, as
-        views.
+        most chunks any row can then have.
         """
         new = [landmarks.detach(), *((x.detach().cpu() if self.offloading else x.detach()) for x in (keys, values))]
         n = landmarks.shape[1]
@@ -181,7 +181,6 @@ class ChunkStore:
             else:
                 slots = num_chunks.to(x.device)[:, None] + torch.arange(n, device=x.device)
                 buffer[torch.arange(x.shape[0], device=x.device)[:, None], slots] = x
-        return tuple(buffer[:, :max_chunks] for buffer in self.buffers)
 
     def _grow(self, like: list[torch.Tensor], chunks: int) -> None:
         capacity = 0 if self.buffers is None else self.buffers[0].shape[1]
@@ -280,14 +279,18 @@ class HSACache(Cache):
         [B, C, Hr, d_r], keys and values [B, C, S, Hkv, D].
         """
         n, is_first = landmarks.shape[1], self.max_chunks == 0
-        if n == 0 and not is_first:
-            return tuple(buffer[:, : self.max_chunks] for buffer in self.memory.buffers)
-        num_chunks = layout.num_chunks if layout.past is None else layout.past // self.chunk_size
-        # Rows differ: the bound grows by the most chunks a row completed now.
-        self.max_chunks = self.max_chunks + n if layout.past is None else num_chunks + n
-        memory = self.memory.append(landmarks, keys, values, num_chunks, self.max_chunks)
-        # The first call returns what it was given, through which gradients flow.
-        return (landmarks, keys, values) if is_first and not self.memory.offloading else memory
+        if n or is_first:
+            num_chunks = layout.num_chunks if layout.past is None else layout.past // self.chunk_size
+            # Rows differ: the bound grows by the most chunks a row completed now.
+            self.max_chunks = self.max_chunks + n if layout.past is None else num_chunks + n
+            self.memory.append(landmarks, keys, values, num_chunks, self.max_chunks)
+        if is_first and not self.memory.offloading:
+            return landmarks, keys, values  # through which gradients flow
+        memory = tuple(buffer[:, : self.max_chunks] for buffer in self.memory.buffers)
+        if torch.is_grad_enabled() and landmarks.requires_grad:
+            # Later calls write into the storage, which backward of this one may still have to read.
+            memory = tuple(x.clone() for x in memory)
+        return memory
 
     def fetch_chunks(self, keys, values, indices):
         """
@@ -309,10 +312,11 @@ class HSACache(Cache):
         """Ends a call: remembers where its tokens stood."""
         length = layout.position.shape[1]
         if layout.past is None and self.past is not None:
-            position = torch.arange(max(-1, self.past - self.rows.keep), self.past, device=layout.position.device)
+            keep = self.past + 1 if self.rows.recording else self.rows.keep
+            position = torch.arange(max(-1, self.past - keep), self.past, device=layout.position.device)
             rows = torch.stack([position, torch.zeros_like(position), position], dim=-1)
             self.rows.append(rows.expand(batch, -1, -1))
-            self.columns.append(rows.new_ones(batch, min(self.num_columns, self.columns.keep), 1))
+            self.columns.append(rows.new_ones(batch, min(self.num_columns, keep), 1))
             self.past = None
         self.num_columns += length
         if layout.past is not None:
@@ -383,12 +387,13 @@ class HSACache(Cache):
         stride = self.config.retrieval_stride
         needs = [(history, self.window - 1) for layer in self.layers for history in layer.histories]
         needs += [(self.hidden, self.chunk_size - 1), *((h, stride - 1) for h in self.queries.values())]
-        needs += [(self.rows, 0)]
         if any(h.buffer is not None and h.size - most < min(need, left) for h, need in needs):
             raise self._too_far(columns)
-        for history, _ in needs:
-            history.crop(tokens)
-        self.columns.crop(columns)
+        if self.past is None and self.rows.size <= most:  # it has an entry from before the first token
+            raise self._too_far(columns)
+        for history in (*(history for history, _ in needs), self.rows):
+            history.crop(tokens, most)
+        self.columns.crop(columns, columns)
         self.num_columns -= columns
         if self.past is not None:
             self.past -= columns
@@ -406,6 +411,8 @@ class HSACache(Cache):
         self.memory.apply(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.batch_size < 0:
+            return
         if not torch.equal(beam_idx, torch.arange(self.batch_size, device=beam_idx.device)):
             self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
 

@@ -185,7 +185,7 @@ def _general_layout(batch, length, device, chunk_size, real, position_ids, state
 
     position = position.masked_fill(~real, 0)
     if position_ids is None:
-        position_ids = position
+        position_ids = (state.position_id[:, None] + 1 + tokens).masked_fill(~real, 0)
     real = real if is_padded else None
     return TokenLayout(position_ids, position, first_chunk, None, real, None, chunk_end, num_chunks)
 

@@ -59,7 +59,9 @@ PREFILL_CHUNK_SIZE = 4096
 
 # Fields of the configuration in which a cache has to agree with the model.
 CACHE_FIELDS = (
-    "num_lower_layers", "num_upper_layers", "num_upper_groups", "sliding_window", "chunk_size", "retrieval_stride",
+    "num_lower_layers", "num_upper_layers", "num_upper_groups", "hidden_size", "num_key_value_heads", "head_dim",
+    "sliding_window", "chunk_size", "hsa_local_attention", "hsa_num_key_value_heads", "num_retrieval_heads",
+    "retrieval_dim", "retrieval_stride",
 )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ VARIANTS = {
     "no_qk_norm": {"qk_norm": False},
     "more_topk_than_chunks": {"chunk_topk": 50},
     "window_of_one": {"sliding_window": 1},
+    "window_of_100": {"sliding_window": 100},
     "window_beyond_the_input": {"sliding_window": 1000},
     "no_lower_layers": {"num_lower_layers": 0},
     "eager_attention": {"attn_implementation": "eager"},

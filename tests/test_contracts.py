@@ -22,6 +22,10 @@ def variants():
     return {name: make_variant(name) for name in VARIANTS}
 
 
+def pack(*lengths: int) -> str:
+    return "".join("|" + "x" * (length - 1) for length in lengths)
+
+
 # Layouts of 129 columns, as `Rows` takes them.
 PADDINGS = {
     "left": ("." * 29 + "x" * 100, "." + "x" * 128),
@@ -31,16 +35,6 @@ PADDINGS = {
     "short rows": ("." * 128 + "x", "x" * 15 + "." * 114),
     "an empty row": ("." * 129, "x" * 129),
 }
-
-
-# Sizes of the segments, None for no cache.
-WAYS_TO_READ = {"no cache": None, "cache": [129], "segments": [60, *[1] * 8, 17, 64]}
-
-
-def pack(*lengths: int) -> str:
-    return "".join("|" + "x" * (length - 1) for length in lengths)
-
-
 PACKINGS = {
     "long and short": pack(70, 1, 1, 57),
     "whole chunks": pack(16, 32, 16, 65),
@@ -48,6 +42,10 @@ PACKINGS = {
     "shorter than a chunk": pack(15, 15, 15, 15, 15, 15, 39),
     "one document": pack(129),
 }
+ALL_LAYOUTS = {"plain": ("x" * 129,)} | PADDINGS | {name: (row,) for name, row in PACKINGS.items()}
+
+# Sizes of the segments, None for no cache.
+WAYS_TO_READ = {"no cache": None, "cache": [129], "segments": [60, *[1] * 8, 17, 64]}
 
 
 # -- 1: causality -----------------------------------------------------------------------------------------------------
@@ -146,6 +144,27 @@ def test_a_cache_changes_nothing_in_half_precision():
         assert relative_error(read(half, ids, [size])[0], exact) <= 2 * one_pass
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["plain", "left", "holes", "long and short"])
+def test_what_is_retrieved_does_not_depend_on_the_segments(variant_model, layout):
+    rows = Rows(*ALL_LAYOUTS[layout])
+    real, whole, segments = rows.attention_mask.bool(), [], []
+    for sizes, retrieved in (([129], whole), ([60, 1, 1, 67], segments)):
+        cache, start = HSACache(variant_model.config), 0
+        for end in torch.tensor(sizes).cumsum(0).tolist():
+            inputs = rows.inputs()
+            if "attention_mask" in inputs:
+                inputs["attention_mask"] = rows.attention_mask[:, :end]
+            if "position_ids" in inputs:
+                inputs["position_ids"] = rows.position_ids[:, start:end]
+            ids = rows.ids[:, start:end]
+            retrieved.append(variant_model(ids, past_key_values=cache, output_retrieval=True, **inputs).retrieval)
+            start = end
+    for layer in range(len(whole[0])):
+        indices = torch.cat([call[layer].indices for call in segments], dim=1)
+        assert torch.equal(indices[real], whole[0][layer].indices[real])
+
+
 # -- 3: padding -------------------------------------------------------------------------------------------------------
 
 
@@ -173,9 +192,9 @@ def test_a_padded_row_of_any_length_equals_the_row_alone(model, side, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", [*PADDINGS, *PACKINGS])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_decoding_any_layout_token_by_token_equals_the_documents_alone(model, layout):
-    rows = Rows(*PADDINGS[layout]) if layout in PADDINGS else Rows(PACKINGS[layout])
+    rows = Rows(*ALL_LAYOUTS[layout])
     logits, _ = read(model, rows.ids, [1], **rows.inputs())
     assert rows.error(model, logits) <= OTHER_ORDER
 
@@ -330,6 +349,18 @@ def test_any_length_works(variant_model, use_cache):
         logits = variant_model(ids[:, :length], use_cache=use_cache).logits
         assert logits.shape == (2, length, 99)
         assert relative_error(logits, longest[:, :length]) <= OTHER_ORDER
+
+
+@torch.no_grad()
+def test_a_token_without_a_chunk_in_its_past_gets_nothing_from_retrieval():
+    model, ids = tiny_model(), random_ids(1, 129)
+    before = model(ids).logits
+    for layer, is_hsa in zip(model.model.layers, model.config.hsa_layers):
+        if is_hsa:
+            layer.o_proj.weight.mul_(2)
+    after = model(ids).logits
+    assert torch.equal(after[:, :16], before[:, :16])
+    assert relative_error(after[:, 16], before[:, 16]) > 0.01
 
 
 @torch.no_grad()

@@ -24,11 +24,12 @@ from .conftest import LENGTHS, OTHER_ORDER, SAME_ARITHMETIC, make_variant, rando
 from .helpers import relative_error, tiny_model
 
 
-GREEDY = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+NEW_TOKENS = 18  # after the prompts of 50 tokens used here, enough for a new chunk (of 16) to be completed and seen
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 
 
 @torch.no_grad()
-def decode_without_cache(model, ids, steps: int = 24, attention_mask=None) -> torch.Tensor:
+def decode_without_cache(model, ids, steps: int = NEW_TOKENS, attention_mask=None) -> torch.Tensor:
     """Greedy decoding with a full forward for every token; [B, L + steps]."""
     for _ in range(steps):
         logits = model(ids, attention_mask=attention_mask, use_cache=False).logits
@@ -109,7 +110,7 @@ def test_sampling_depends_on_the_seed_alone(model):
     sampled = []
     for seed, use_cache in ((1, True), (1, True), (1, False), (2, True)):
         torch.manual_seed(seed)
-        sampled.append(model.generate(ids, do_sample=True, max_new_tokens=24, pad_token_id=0, use_cache=use_cache))
+        sampled.append(model.generate(ids, use_cache=use_cache, **GREEDY | {"do_sample": True}))
     assert torch.equal(sampled[0], sampled[1])
     assert torch.equal(sampled[0], sampled[2])
     assert not torch.equal(sampled[0], sampled[3])
@@ -117,13 +118,13 @@ def test_sampling_depends_on_the_seed_alone(model):
 
 def test_several_sequences_per_prompt_are_those_of_a_repeated_prompt(model):
     ids, mask = left_padded(50, 33)
-    settings = {"do_sample": True, "max_new_tokens": 24, "pad_token_id": 0}
+    settings = GREEDY | {"do_sample": True}
     torch.manual_seed(0)
     several = model.generate(ids, attention_mask=mask, num_return_sequences=3, **settings)
     torch.manual_seed(0)
     ids, mask = (x.repeat_interleave(3, dim=0) for x in (ids, mask))
     assert torch.equal(several, model.generate(ids, attention_mask=mask, **settings))
-    assert several.shape == (6, 74)
+    assert several.shape == (6, 50 + NEW_TOKENS)
     assert len({tuple(row.tolist()) for row in several}) == 6
 
 
@@ -246,7 +247,7 @@ def test_a_prompt_read_in_segments_gives_what_one_piece_gives(
     sequences = model.generate(**prompt, attention_mask=mask, prefill_chunk_size=prefill_chunk_size, **GREEDY)
     assert torch.equal(sequences, expected)
     segments, rest = divmod(50, prefill_chunk_size)
-    assert segment_lengths == [prefill_chunk_size] * segments + [rest] * (rest > 0) + [1] * 23
+    assert segment_lengths == [prefill_chunk_size] * segments + [rest] * (rest > 0) + [1] * (NEW_TOKENS - 1)
 
 
 def test_embeddings_can_come_with_the_ids_they_stand_for(model):
@@ -262,6 +263,12 @@ def test_prompts_of_thousands_of_tokens_are_read_in_segments_by_default(model, s
     assert segment_lengths == [4096, 904, 1]
     whole = model.generate(ids, do_sample=False, max_new_tokens=2, pad_token_id=0, prefill_chunk_size=None)
     assert torch.equal(sequences, whole)
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [0, -1, 2.5])
+def test_segments_that_make_no_sense_are_refused(model, prefill_chunk_size):
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(random_ids(1, 50), prefill_chunk_size=prefill_chunk_size, **GREEDY)
 
 
 @pytest.mark.parametrize("prefill_chunk_size", [7, 50])
@@ -290,14 +297,14 @@ def test_a_conversation_goes_on_from_the_returned_cache(model, segment_lengths, 
             prefill_chunk_size=prefill_chunk_size,
             **GREEDY,
         )
-        assert sum(segment_lengths) == ids.shape[1] - cached + 23  # nothing is read twice
+        assert sum(segment_lengths) == ids.shape[1] - cached + NEW_TOKENS - 1  # nothing is read twice
         alone = model.generate(ids, attention_mask=mask, **GREEDY)
-        assert torch.equal(outputs.sequences[:, -24:], alone[:, -24:])
+        assert torch.equal(outputs.sequences[:, -NEW_TOKENS:], alone[:, -NEW_TOKENS:])
         cache = outputs.past_key_values
         cached = cache.get_seq_length()
         assert cached == alone.shape[1] - 1
         ids = torch.cat([alone, random_ids(2, 40)], dim=1)
-        mask = torch.nn.functional.pad(mask, (0, 64), value=1)
+        mask = torch.nn.functional.pad(mask, (0, NEW_TOKENS + 40), value=1)
 
 
 def test_one_cached_prefix_serves_many_prompts(model):
@@ -350,7 +357,7 @@ def test_assisted_generation_equals_greedy(name, tokens, is_padded):
     model = make_variant(name)
     ids, mask = random_ids(1, 50), torch.ones(1, 50, dtype=torch.long)
     mask[:, : 9 * is_padded] = 0
-    settings = {"attention_mask": mask} | GREEDY | {"max_new_tokens": 40}
+    settings = {"attention_mask": mask} | GREEDY | {"max_new_tokens": 30}
     assisted = model.generate(ids, assistant_model=assistant_of(model, tokens), **settings)
     assert torch.equal(assisted, model.generate(ids, **settings))
 
@@ -414,7 +421,7 @@ def test_generate_returns_hidden_states_of_the_whole_prompt(model, prefill_chunk
     )
     expected = model(outputs.sequences, output_hidden_states=True, use_cache=False).hidden_states
     assert len(expected) == model.config.num_hidden_layers + 1
-    assert len(outputs.hidden_states) == 24
+    assert len(outputs.hidden_states) == NEW_TOKENS
     for layer, whole in enumerate(expected):
         steps = torch.cat([step[layer] for step in outputs.hidden_states], dim=1)
         assert relative_error(steps, whole[:, :-1]) <= OTHER_ORDER
@@ -427,7 +434,7 @@ def test_generate_returns_attentions_of_the_whole_prompt(prefill_chunk_size):
         ids, output_attentions=True, return_dict_in_generate=True, prefill_chunk_size=prefill_chunk_size, **GREEDY
     )
     expected = model(ids, output_attentions=True, use_cache=False).attentions
-    assert len(outputs.attentions) == 24
+    assert len(outputs.attentions) == NEW_TOKENS
     assert len(expected) == model.config.num_hidden_layers
     for weights, whole in zip(outputs.attentions[0], expected):
         assert weights.shape == (2, model.config.num_attention_heads, 50, 50)
@@ -455,7 +462,7 @@ def test_retrieval_is_not_silently_left_out(model):
 def test_a_pipeline_generates_what_generate_does(model, tokenizer, batch_size):
     texts = [tokenizer.decode(random_ids(length)) for length in (50, 7, 23)]
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    settings = {"do_sample": False, "max_new_tokens": 24, "return_full_text": False}
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "return_full_text": False}
     results = generator(texts, batch_size=batch_size, **settings)
     for text, (result,) in zip(texts, results):
         ids = tokenizer(text, return_tensors="pt").input_ids
