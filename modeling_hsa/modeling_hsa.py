@@ -376,6 +376,10 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         segment = generation_config.prefill_chunk_size
         cache = model_kwargs.get("past_key_values")
         if segment is not None:
+            if not isinstance(segment, int) or segment < 1:
+                raise ValueError(
+                    f"`prefill_chunk_size` must be an integer of at least 1, or None for one piece, got {segment!r}."
+                )
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
         # Who asks for what the layers computed gets it for the whole prompt, so in one piece.

@@ -161,6 +161,17 @@ def test_left_padded_rows_generate_what_they_generate_alone(variant_model):
         assert torch.equal(together[row, 50 - length :], alone[0])
 
 
+@pytest.mark.parametrize("prefill_chunk_size", [None, 7])
+def test_holes_in_a_prompt_are_not_there(model, prefill_chunk_size):
+    ids, mask = random_ids(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0, 5:20:2] = 0
+    mask[1, :30] = 0
+    sequences = model.generate(ids, attention_mask=mask, prefill_chunk_size=prefill_chunk_size, **GREEDY)
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1, mask[row].bool()], **GREEDY)
+        assert torch.equal(sequences[row, 50:], alone[0, -NEW_TOKENS:])
+
+
 def test_a_row_that_ends_early_leaves_the_others_alone(model):
     ids, mask = left_padded(50, 33)
     free = model.generate(ids, attention_mask=mask, **GREEDY)
@@ -468,3 +479,14 @@ def test_a_pipeline_generates_what_generate_does(model, tokenizer, batch_size):
         ids = tokenizer(text, return_tensors="pt").input_ids
         expected = tokenizer.decode(model.generate(ids, **GREEDY)[0, ids.shape[1] :], skip_special_tokens=True)
         assert result["generated_text"].split() == expected.split()
+
+
+# -- length -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"max_new_tokens": 5}, {"max_length": 90}])
+def test_the_training_length_is_no_limit(arguments):
+    model = tiny_model(max_position_embeddings=64)
+    prompt = random_ids(1, 80)
+    new_tokens = model.generate(prompt, do_sample=False, **arguments).shape[1] - 80
+    assert new_tokens == {"max_new_tokens": 5, "max_length": 10}.get(next(iter(arguments), ""), 20)
