@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import set_seed
 
 from modeling_hsa import HSACache, HSAForCausalLM
@@ -207,3 +209,24 @@ class Rows:
                 actual = logits[row, [column - start for column in read]].detach()
                 errors.append(relative_error(actual, expected[row, read]))
         return max(errors)
+
+
+class Allocations(TorchDispatchMode):
+    """Records the tensors that operations make in storage of their own, so neither views nor what is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[int, int]] = []  # elements of a tensor, and the address of its storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.made.append((x.numel(), x.untyped_storage().data_ptr()))
+        return result
+
+    def elements(self, but=()) -> list[int]:
+        """The number of elements of each tensor made, except for the tensors `but`."""
+        excluded = {(x.numel(), x.untyped_storage().data_ptr()) for x in but}
+        return [elements for elements, address in self.made if (elements, address) not in excluded]

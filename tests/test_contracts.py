@@ -7,13 +7,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DataCollatorWithFlattening
 
 from modeling_hsa import HSACache
 
-from .conftest import LENGTHS, OTHER_ORDER, SAME_ARITHMETIC, VARIANTS, Rows, make_variant, random_ids, read
+from .conftest import (
+    LENGTHS,
+    OTHER_ORDER,
+    SAME_ARITHMETIC,
+    VARIANTS,
+    Allocations,
+    Rows,
+    make_variant,
+    random_ids,
+    read,
+)
 from .helpers import relative_error, tiny_model
 
 
@@ -399,41 +407,31 @@ def assert_finite_gradients(model, length: int) -> None:
 # -- 7: memory --------------------------------------------------------------------------------------------------------
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements of a tensor that any operation makes. Views and chunk memory (`but`) do not count."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: list[tuple[int, int]] = []  # elements of a tensor and address of its storage
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.made.append((x.numel(), x.untyped_storage().data_ptr()))
-        return result
-
-    def elements(self, but=()) -> int:
-        excluded = {(x.numel(), x.untyped_storage().data_ptr()) for x in but}
-        return max(elements for elements, address in self.made if (elements, address) not in excluded)
-
-
-# One layer of each kind; the window is short, so that the quadratic part of the cost would show early.
-SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-SHALLOW = {"num_lower_layers": 1, "num_upper_layers": 0, "num_upper_groups": 1, "retrieval_dim": 8}
+# One layer of each kind, and so much of keys and values per token that a copy of the chunk memory would show.
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_lower_layers": 1,
+    "num_upper_layers": 0,
+    "num_upper_groups": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hsa_num_key_value_heads": 2,
+    "head_dim": 32,
+    "retrieval_dim": 8,
+}
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("weighting", ["softmax", "joint"])
 def test_one_pass_makes_no_tensor_of_tokens_by_chunks(weighting):
-    model = tiny_model(chunk_weighting=weighting, **SMALL, **SHALLOW)
+    model = tiny_model(chunk_weighting=weighting, **SMALL)
     largest = {}
     for length in (16384, 32768):
-        with LargestTensor() as made:
+        with Allocations() as made:
             model(random_ids(1, length), use_cache=False, logits_to_keep=1)
-        largest[length] = made.elements()
+        largest[length] = max(made.elements())
     assert largest[32768] <= 2.1 * largest[16384]
     assert largest[32768] < 32768 * (32768 // 16) / 8
 
@@ -442,18 +440,17 @@ def test_one_pass_makes_no_tensor_of_tokens_by_chunks(weighting):
 @torch.no_grad()
 @pytest.mark.parametrize("padding", [0, 5])
 def test_memory_of_segmented_prefill_does_not_grow(padding):
-    model = tiny_model(**SMALL, **SHALLOW)
+    model = tiny_model(**SMALL)
     ids = random_ids(1, 32768)
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
     largest = []
     for length in (16384, 32768):
         cache = HSACache(model.config)
-        with LargestTensor() as made:
-            for start in range(0, length, 4096):
-                end = start + 4096
-                model(
-                    ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1
-                )  # fmt: skip
-        largest.append(made.elements(but=cache.memory.buffers))
+        cache.reserve(length + 4096)  # as `generate` does
+        with Allocations() as made:
+            for end in range(4096, length + 1, 4096):
+                inputs = {"input_ids": ids[:, end - 4096 : end], "attention_mask": mask[:, :end]}
+                model(**inputs, past_key_values=cache, logits_to_keep=1)
+        largest.append(max(made.elements(but=cache.memory.buffers)))
     assert largest[1] <= 1.05 * largest[0]
