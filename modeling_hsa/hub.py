@@ -23,6 +23,11 @@ _FILES = {
     "modeling_hsa/ops/precision.py": "hsa_ops_precision.py",
     "modeling_hsa/ops/selection.py": "hsa_ops_selection.py",
     "modeling_hsa/ops/attention.py": "hsa_ops_attention.py",
+    "modeling_hsa/ops/library.py": "hsa_ops_library.py",
+    "modeling_hsa/ops/availability.py": "hsa_ops_availability.py",
+    "modeling_hsa/ops/inverted_index.py": "hsa_ops_inverted_index.py",
+    "modeling_hsa/ops/triton_selection.py": "hsa_ops_triton_selection.py",
+    "modeling_hsa/ops/triton_attention.py": "hsa_ops_triton_attention.py",
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_hsa.HSAConfig",
@@ -49,12 +54,11 @@ def _flatten_imports(code: str, source: str) -> str:
     def rewrite(match: re.Match) -> str:
         module, names = match["module"], match["names"]
         if module == "configuration_hsa":
-            return f"from .configuration_hsa import {names}"
-        return f"from .{_flat_module(f'{folder}/{module[1:]}')} import {names}"
+            return f"{match['indent']}from .configuration_hsa import {names}"
+        return f"{match['indent']}from .{_flat_module(f'{folder}/{module[1:]}')} import {names}"
 
-    return re.sub(
-        r"^from (?P<module>configuration_hsa|\.\w+) import (?P<names>.*)$", rewrite, code, flags=re.MULTILINE
-    )
+    statement = r"^(?P<indent> *)from (?P<module>configuration_hsa|\.\w+) import (?P<names>.*)$"
+    return re.sub(statement, rewrite, code, flags=re.MULTILINE)
 
 
 def save_code(folder) -> None:

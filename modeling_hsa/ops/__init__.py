@@ -1,34 +1,23 @@
 """
 The three operations of Hierarchical Sparse Attention and the one place that picks their backend.
 
-`implementation` is `"auto"` (the fastest backend that runs on the device of the tensors), `"torch"` (plain PyTorch,
-any device), `"naive"` (the fp32 oracle) or `"triton"` (fused CUDA kernels). A backend that was asked for by name and
-cannot run raises; nothing falls back silently.
+`implementation` is `"auto"` (the fastest backend that runs on the device of the tensors), `"triton"` (fused CUDA
+kernels), `"torch"` (plain PyTorch, any device) or `"naive"` (the fp32 oracle). A backend that was asked for by name
+and cannot run raises; where `"auto"` cannot use the kernels on a CUDA device, it says why, once.
 """
 
 import torch
 
-from .attention import chunk_attention as _torch_chunk_attention
+from .availability import pick_backend
+from .library import chunk_attention as _chunk_attention
+from .library import select_chunks as _select_chunks
 from .naive import chunk_attention as _naive_chunk_attention
 from .naive import chunk_weights as _naive_chunk_weights
 from .naive import select_chunks as _naive_select_chunks
 from .precision import without_autocast
-from .selection import select_chunks as _torch_select_chunks
 
 
-_IMPLEMENTATIONS = ("auto", "torch", "naive", "triton")
 _KINDS = ("softmax", "stick_breaking", "joint")
-
-
-def _resolve(implementation: str) -> str:
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` must be one of {_IMPLEMENTATIONS}, got {implementation!r}.")
-    if implementation == "triton":
-        raise NotImplementedError(
-            "`implementation='triton'`: this version has no Triton kernels. Use 'auto' or 'torch', which "
-            "run on any device."
-        )
-    return "torch" if implementation == "auto" else implementation
 
 
 def _check_same(**tensors: torch.Tensor) -> None:
@@ -103,7 +92,6 @@ def select_chunks(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit. NotImplementedError: no such backend.
     """
-    implementation = _resolve(implementation)
     if q.dim() != 4:
         raise ValueError(f"`q` must have the shape [B, L, Hr, d_r], got {list(q.shape)}.")
     if topk < 1:
@@ -111,6 +99,7 @@ def select_chunks(
     batch, length, heads, dim = q.shape
     _check_shape("landmarks", landmarks, batch, None, heads, dim)
     _check_same(q=q, landmarks=landmarks)
+    backend = pick_backend(implementation, q, retrieval_dim=dim, topk=topk)
     if visible is None:
         visible = visible_chunks(length, chunk_size, q_start, q.device)
     for name, bound in zip(("visible[0]", "visible[1]"), visible):
@@ -119,9 +108,10 @@ def select_chunks(
         absent = torch.full((batch, length, heads, topk), -1, dtype=torch.int32, device=q.device)
         scores = torch.full(absent.shape, float("-inf"), device=q.device)
         return scores + _zeros_connected_to(q, landmarks).float()[..., :1], absent
-    backend = _naive_select_chunks if implementation == "naive" else _torch_select_chunks
     scale = dim**-0.5 if scale is None else scale
-    return without_autocast(backend)(q, landmarks, *visible, topk=topk, scale=scale)
+    if backend == "naive":
+        return without_autocast(_naive_select_chunks)(q, landmarks, *visible, topk=topk, scale=scale)
+    return _select_chunks(q, landmarks, *visible, topk, scale, backend)
 
 
 def chunk_weights(scores: torch.Tensor, indices: torch.Tensor, kind: str, implementation: str = "auto"):
@@ -140,13 +130,13 @@ def chunk_weights(scores: torch.Tensor, indices: torch.Tensor, kind: str, implem
     Raises:
         ValueError: unknown `kind` or shapes that differ.
     """
-    implementation = _resolve(implementation)
+    backend = pick_backend(implementation, scores)
     if kind not in _KINDS:
         raise ValueError(f"`kind` must be one of {_KINDS}, got {kind!r}.")
     _check_shape("indices", indices, *scores.shape)
     if kind == "joint":
         return None
-    if implementation == "naive" or kind == "softmax":
+    if backend == "naive" or kind == "softmax":
         return _naive_chunk_weights(scores, indices, kind)
     present = indices >= 0
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~present, 0.0)
@@ -187,7 +177,6 @@ def chunk_attention(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit. NotImplementedError: no such backend.
     """
-    implementation = _resolve(implementation)
     if q.dim() != 4:
         raise ValueError(f"`q` must have the shape [B, L, Hq, D], got {list(q.shape)}.")
     batch, length, heads, dim = q.shape
@@ -206,11 +195,15 @@ def chunk_attention(
             f"The {heads} heads of `q` must be a multiple of the {kv_heads} of `k` and of the {retrieval_heads} of "
             "`indices`, and one of these two a multiple of the other."
         )
+    backend = pick_backend(implementation, q, head_dim=dim, chunk_size=chunk_size, topk=indices.shape[3])
     if k.shape[1] == 0 or length == 0:
         return _zeros_connected_to(q, k, v, *(() if weights is None else (weights,)))
-    backend = _naive_chunk_attention if implementation == "naive" else _torch_chunk_attention
     scale = dim**-0.5 if scale is None else scale
-    return without_autocast(backend)(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)
+    if backend == "naive":
+        function = without_autocast(_naive_chunk_attention)
+        return function(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)
+    out, _ = _chunk_attention(q, k, v, weights, indices, chunk_size, scale, backend)
+    return out
 
 
 __all__ = ["chunk_attention", "chunk_weights", "select_chunks", "visible_chunks"]

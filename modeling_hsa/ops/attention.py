@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from .precision import without_autocast
-
 
 # entries of a temporary tensor held at once
 _BLOCK_ELEMENTS = 1 << 23
@@ -132,77 +130,66 @@ def _joint_weights(lse):
     return mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-class _ChunkAttention(torch.autograd.Function):
-    @staticmethod
-    def _blocks(q, k, v, weights, indices, chunk_size, scale):
-        """Yields (rows, retrieval head, its kv heads, block, weights or None) for every block of queries."""
-        batch, length, num_heads, head_dim = q.shape
-        retrieval_heads, topk, kv_heads = indices.shape[2], indices.shape[3], k.shape[2]
-        k_chunks, v_chunks = (x.view(batch, -1, chunk_size, kv_heads, head_dim) for x in (k, v))
-        num_chunks = k_chunks.shape[1]
-        heads = num_heads // retrieval_heads  # query heads of a retrieval head
-        kv_per_retrieval = max(1, kv_heads // retrieval_heads)
-        q = q.reshape(batch * length, retrieval_heads, kv_per_retrieval, -1, head_dim)
-        row = torch.arange(batch, device=q.device)[:, None, None, None] * num_chunks
-        chunk = torch.where(indices >= 0, indices.long() + row, -1).flatten(0, 1)
-        if weights is not None:
-            weights = weights.flatten(0, 1).masked_fill(chunk < 0, 0.0)
-        step = max(1, _BLOCK_ELEMENTS // (topk * heads * head_dim))
-        for r in range(retrieval_heads):
-            first = r * kv_heads // retrieval_heads
-            kv = slice(first, first + kv_per_retrieval)
-            for t in range(0, batch * length, step):
-                rows = slice(t, t + step)
-                block = _Block(q[rows, r], k_chunks[..., kv, :], v_chunks[..., kv, :], chunk[rows, r], scale)
-                yield rows, r, kv, block, None if weights is None else weights[rows, r]
-
-    @staticmethod
-    def forward(ctx, q, k, v, weights, indices, chunk_size, scale):
-        ctx.save_for_backward(q, k, v, weights, indices)
-        ctx.chunk_size, ctx.scale = chunk_size, scale
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        rows_out = out.view(-1, indices.shape[2], q.shape[2] // indices.shape[2], q.shape[3])
-        for rows, r, _, block, w in _ChunkAttention._blocks(q, k, v, weights, indices, chunk_size, scale):
-            outputs, lse = block.forward()
-            w = _joint_weights(lse) if w is None else w[:, :, None, None]
-            rows_out[rows, r] = (outputs * w[..., None]).sum(1).flatten(1, 2).to(q.dtype)
-        return out
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx, d_out):
-        q, k, v, weights, indices = ctx.saved_tensors
-        batch, _, num_heads, head_dim = q.shape
-        d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        d_k, d_v = (
-            torch.zeros(x.shape[0] * x.shape[1] // ctx.chunk_size, ctx.chunk_size, *x.shape[2:],
-                        dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in (k, v)
-        )  # fmt: skip
-        d_weights = None if weights is None else torch.zeros_like(weights)
-        retrieval_heads = indices.shape[2]
-        rows_q, rows_out = (
-            x.reshape(-1, retrieval_heads, num_heads // retrieval_heads, head_dim) for x in (d_q, d_out)
-        )
-        blocks = _ChunkAttention._blocks(q, k, v, weights, indices, ctx.chunk_size, ctx.scale)
-        for rows, r, kv, block, w in blocks:
-            d_block = rows_out[rows, r].unflatten(1, (block.kv_heads, block.group))[:, None]  # [n, 1, kv heads, G, D]
-            outputs, lse = block.forward()
-            d_pair_weights = (_widen(outputs) * _widen(d_block)).sum(-1)  # [n, K, kv heads, G]
-            d_lse = None
-            if w is None:
-                w = _joint_weights(lse)
-                d_lse = w * (d_pair_weights - (w * d_pair_weights).sum(1, keepdim=True))
-            else:
-                d_weights.flatten(0, 1)[rows, r] = d_pair_weights.sum((-1, -2)).to(weights.dtype)
-                w = w[:, :, None, None]
-            d_outputs = (w[..., None] * d_block).to(q.dtype)
-            d_q_block = block.backward(d_outputs, d_lse, d_k[..., kv, :], d_v[..., kv, :])
-            rows_q[rows, r] = d_q_block.flatten(1, 2).to(q.dtype)
-        if d_weights is not None:
-            d_weights = d_weights.masked_fill(indices < 0, 0.0)
-        return d_q, d_k.view(k.shape).to(k.dtype), d_v.view(v.shape).to(v.dtype), d_weights, None, None, None
+def _blocks(q, k, v, weights, indices, chunk_size, scale):
+    """Yields (rows, retrieval head, its kv heads, block, weights or None) for every block of queries."""
+    batch, length, num_heads, head_dim = q.shape
+    retrieval_heads, topk, kv_heads = indices.shape[2], indices.shape[3], k.shape[2]
+    k_chunks, v_chunks = (x.reshape(batch, -1, chunk_size, kv_heads, head_dim) for x in (k, v))
+    num_chunks = k_chunks.shape[1]
+    heads = num_heads // retrieval_heads  # query heads of a retrieval head
+    kv_per_retrieval = max(1, kv_heads // retrieval_heads)
+    q = q.reshape(batch * length, retrieval_heads, kv_per_retrieval, -1, head_dim)
+    row = torch.arange(batch, device=q.device)[:, None, None, None] * num_chunks
+    chunk = torch.where(indices >= 0, indices.long() + row, -1).flatten(0, 1)
+    if weights is not None:
+        weights = weights.flatten(0, 1).masked_fill(chunk < 0, 0.0)
+    step = max(1, _BLOCK_ELEMENTS // (topk * heads * head_dim))
+    for r in range(retrieval_heads):
+        first = r * kv_heads // retrieval_heads
+        kv = slice(first, first + kv_per_retrieval)
+        for t in range(0, batch * length, step):
+            rows = slice(t, t + step)
+            block = _Block(q[rows, r], k_chunks[..., kv, :], v_chunks[..., kv, :], chunk[rows, r], scale)
+            yield rows, r, kv, block, None if weights is None else weights[rows, r]
 
 
-def chunk_attention(q, k, v, weights, indices, *, chunk_size, scale):
-    """See `modeling_hsa.ops.chunk_attention`."""
-    return _ChunkAttention.apply(q, k, v, weights, indices, chunk_size, scale)
+def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
+    """The operator `chunk_attention` of `library`. Backward computes what it needs anew, so no log-sum-exp is kept."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    rows_out = out.view(-1, indices.shape[2], q.shape[2] // indices.shape[2], q.shape[3])
+    for rows, r, _, block, w in _blocks(q, k, v, weights, indices, chunk_size, scale):
+        outputs, lse = block.forward()
+        w = _joint_weights(lse) if w is None else w[:, :, None, None]
+        rows_out[rows, r] = (outputs * w[..., None]).sum(1).flatten(1, 2).to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return out, q.new_empty(q.shape[:3] if weights is None else 0, dtype=wide)
+
+
+def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_size, scale):
+    """The operator `chunk_attention_backward` of `library`."""
+    num_heads, head_dim = q.shape[2:]
+    d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    d_k, d_v = (
+        torch.zeros(x.shape[0] * x.shape[1] // chunk_size, chunk_size, *x.shape[2:],
+                    dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in (k, v)
+    )  # fmt: skip
+    d_weights = q.new_empty(0, dtype=torch.float32) if weights is None else torch.zeros_like(weights)
+    retrieval_heads = indices.shape[2]
+    rows_q, rows_out = (x.reshape(-1, retrieval_heads, num_heads // retrieval_heads, head_dim) for x in (d_q, d_out))
+    for rows, r, kv, block, w in _blocks(q, k, v, weights, indices, chunk_size, scale):
+        d_block = rows_out[rows, r].unflatten(1, (block.kv_heads, block.group))[:, None]  # [n, 1, kv heads, G, D]
+        outputs, lse = block.forward()
+        d_pair_weights = (_widen(outputs) * _widen(d_block)).sum(-1)  # [n, K, kv heads, G]
+        d_lse = None
+        if w is None:
+            w = _joint_weights(lse)
+            d_lse = w * (d_pair_weights - (w * d_pair_weights).sum(1, keepdim=True))
+        else:
+            d_weights.flatten(0, 1)[rows, r] = d_pair_weights.sum((-1, -2)).to(weights.dtype)
+            w = w[:, :, None, None]
+        d_outputs = (w[..., None] * d_block).to(q.dtype)
+        d_q_block = block.backward(d_outputs, d_lse, d_k[..., kv, :], d_v[..., kv, :])
+        rows_q[rows, r] = d_q_block.flatten(1, 2).to(q.dtype)
+    if weights is not None:
+        d_weights = d_weights.masked_fill(indices < 0, 0.0)
+    return d_q, d_k.view(k.shape).to(k.dtype), d_v.view(v.shape).to(v.dtype), d_weights

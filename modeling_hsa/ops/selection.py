@@ -5,8 +5,6 @@ Chunk selection in plain PyTorch, for any device: streams over blocks of landmar
 
 import torch
 
-from .precision import without_autocast
-
 
 # Scores, or gathered landmark entries, held at once.
 _BLOCK_ELEMENTS = 1 << 20
@@ -49,55 +47,42 @@ def _best_keys(q, landmarks, first, end, topk, scale):
     return best
 
 
-class _SelectChunks(torch.autograd.Function):
-    """q [rows, L, d], landmarks [rows, C, d], first and end [rows, L]; a row is a retrieval head of a batch entry."""
-
-    @staticmethod
-    def forward(ctx, q, landmarks, first, end, topk, scale):
-        rows, length, _ = q.shape
-        num_chunks = landmarks.shape[1]
-        best = torch.empty(rows, length, topk, dtype=torch.int64, device=q.device)
-        # As many queries as leave room for a thousand landmarks at a time, and as many rows as then fit.
-        step = max(1, min(length, _BLOCK_ELEMENTS // max(1024, 2 * topk)))
-        row_step = max(1, _BLOCK_ELEMENTS // (step * (num_chunks + topk)))
-        for b in range(0, rows, row_step):
-            row = slice(b, b + row_step)
-            for t in range(0, length, step):
-                block = slice(t, t + step)
-                best[row, block] = _best_keys(
-                    q[row, block], landmarks[row], first[row, block], end[row, block], topk, scale
-                )
-        scores, indices = _split_keys(best)
-        ctx.save_for_backward(q, landmarks, indices)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(indices)
-        return scores, indices
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx, d_scores, _):
-        q, landmarks, indices = ctx.saved_tensors
-        rows, num_chunks, dim = landmarks.shape
-        row = torch.arange(rows, device=q.device)[:, None, None] * num_chunks
-        chunk = (indices.clamp(min=0) + row).flatten(0, 1)
-        d_scores = (d_scores * ctx.scale).masked_fill(indices < 0, 0.0).flatten(0, 1)
-        flat_q, flat_landmarks = q.reshape(-1, dim), landmarks.reshape(-1, dim)
-        d_q = torch.empty(flat_q.shape, dtype=torch.float32, device=q.device)
-        d_landmarks = torch.zeros(flat_landmarks.shape, dtype=torch.float32, device=q.device)
-        step = max(1, _BLOCK_ELEMENTS // (indices.shape[-1] * dim))
-        for t in range(0, len(flat_q), step):
-            block = slice(t, t + step)
-            ds = d_scores[block]
-            d_q[block] = (ds[:, None] @ flat_landmarks[chunk[block]].float()).squeeze(1)
-            contributions = ds[..., None] * flat_q[block].float()[:, None]
-            d_landmarks.index_add_(0, chunk[block].flatten(), contributions.flatten(0, 1))
-        return d_q.view(q.shape).to(q.dtype), d_landmarks.view(landmarks.shape).to(landmarks.dtype), *[None] * 4
-
-
-def select_chunks(q, landmarks, first, end, *, topk, scale):
-    """See `modeling_hsa.ops.select_chunks`; `first` and `end` are int64 [1 | B, L]."""
+def select_chunks_forward(q, landmarks, first, end, topk, scale):
+    """The operator `select_chunks` of `library`."""
     batch, length, heads, _ = q.shape
-    rows_q, rows_landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
+    # A row is a retrieval head of a batch entry: q [rows, L, d], landmarks [rows, C, d], first and end [rows, L].
+    q, landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
     first, end = (x.expand(batch, length).repeat_interleave(heads, dim=0) for x in (first, end))
-    scores, indices = _SelectChunks.apply(rows_q, rows_landmarks, first, end, topk, scale)
-    return tuple(x.unflatten(0, (batch, heads)).transpose(1, 2) for x in (scores, indices))
+    rows, num_chunks = landmarks.shape[:2]
+    best = torch.empty(rows, length, topk, dtype=torch.int64, device=q.device)
+    # As many queries as leave room for a thousand landmarks at a time, and as many rows as then fit.
+    step = max(1, min(length, _BLOCK_ELEMENTS // max(1024, 2 * topk)))
+    row_step = max(1, _BLOCK_ELEMENTS // (step * (num_chunks + topk)))
+    for b in range(0, rows, row_step):
+        row = slice(b, b + row_step)
+        for t in range(0, length, step):
+            block = slice(t, t + step)
+            best[row, block] = _best_keys(
+                q[row, block], landmarks[row], first[row, block], end[row, block], topk, scale
+            )
+    return tuple(x.unflatten(0, (batch, heads)).transpose(1, 2).contiguous() for x in _split_keys(best))
+
+
+def select_chunks_backward(d_scores, q, landmarks, indices, scale):
+    """The operator `select_chunks_backward` of `library`."""
+    batch, num_chunks, heads, dim = landmarks.shape
+    row = torch.arange(batch * heads, device=q.device).view(batch, 1, heads, 1) * num_chunks
+    chunk = (indices.clamp(min=0) + row).flatten(0, 2)
+    d_scores = (d_scores * scale).masked_fill(indices < 0, 0.0).flatten(0, 2)
+    flat_q, flat_landmarks = q.reshape(-1, dim), landmarks.transpose(1, 2).reshape(-1, dim)
+    d_q = torch.empty(flat_q.shape, dtype=torch.float32, device=q.device)
+    d_landmarks = torch.zeros(flat_landmarks.shape, dtype=torch.float32, device=q.device)
+    step = max(1, _BLOCK_ELEMENTS // (indices.shape[-1] * dim))
+    for t in range(0, len(flat_q), step):
+        block = slice(t, t + step)
+        ds = d_scores[block]
+        d_q[block] = (ds[:, None] @ flat_landmarks[chunk[block]].float()).squeeze(1)
+        contributions = ds[..., None] * flat_q[block].float()[:, None]
+        d_landmarks.index_add_(0, chunk[block].flatten(), contributions.flatten(0, 1))
+    d_landmarks = d_landmarks.view(batch, heads, num_chunks, dim).transpose(1, 2)
+    return d_q.view(q.shape).to(q.dtype), d_landmarks.to(landmarks.dtype, memory_format=torch.contiguous_format)
