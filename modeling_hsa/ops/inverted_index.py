@@ -1,5 +1,5 @@
 """
-Which queries retrieved a chunk: the (query, slot) pairs of the indices, grouped by chunk.
+Which queries retrieved a chunk: the (query, slot) pairs of the indices, grouped by chunk. For the Triton kernels.
 
 Gradients of keys, values and landmarks are sums over the queries that retrieved a chunk. With the pairs in the order
 of the chunks, the work of a sum is what was retrieved, O(L * K), and no [chunks x queries] mask exists. A chunk that
@@ -8,9 +8,20 @@ of one segment is finished by its program, the others leave partial sums, which 
 so the result is the same every time.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "The kernels need the package `triton`, which comes with CUDA builds of PyTorch. Install it, or use "
+        "`implementation='torch'`."
+    ) from error
 
 
 class InvertedIndex(NamedTuple):
@@ -28,49 +39,84 @@ class InvertedIndex(NamedTuple):
     end: torch.Tensor
     # [segments] where its partial sum goes, -1 if it is the only segment of its chunk.
     slot: torch.Tensor
-    # [B * H * C] the first slot of a chunk, and the number of its segments, at least 1.
+    # [B * H * C] the first slot of a chunk (if it has several segments), and the number of its segments, at least 1.
     first_slot: torch.Tensor
     num_segments: torch.Tensor
-    # Upper bound on the slots.
+    # Upper bound on the slots; 0 if no chunk can have several segments.
     num_slots: int
+
+
+@triton.jit
+def _chunk_of_pair_kernel(
+    indices, chunk_of_pair, num_pairs, length, num_chunks, absent,
+    RETRIEVAL_HEADS: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pairs / BLOCK). The chunk of each pair, counted over rows and heads; `absent` for none."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.load(indices + pair, mask=pair < num_pairs, other=-1).to(tl.int64)
+    head = (pair // TOPK) % RETRIEVAL_HEADS // (RETRIEVAL_HEADS // HEADS)
+    row = pair // TOPK // RETRIEVAL_HEADS // length
+    chunk = tl.where(chunk >= 0, (row * HEADS + head) * num_chunks + chunk, absent)
+    tl.store(chunk_of_pair + pair, chunk.to(chunk_of_pair.dtype.element_ty), mask=pair < num_pairs)
+
+
+@triton.jit
+def _segments_kernel(
+    starts, chunks, segment_start, segment_end, segment_slot, first_slot, num_segments, total, ids, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """
+    Grid: (chunks + 1). Writes the segments of a chunk whose pairs are `starts[chunk]` to `starts[chunk + 1]`. Where
+    they go follows from its number and its start alone, leaving some ids and slots unused: chunk c has the ids from
+    `c + start // SEGMENT` on, and the slots from `2 * start // SEGMENT` on. The last program voids the ids left over.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + chunk).to(tl.int64)
+    end = tl.load(starts + tl.minimum(chunk + 1, total)).to(tl.int64)
+    first_id = chunk + start // SEGMENT
+    end_id = tl.where(chunk < total, chunk + 1 + end // SEGMENT, ids)
+    count = tl.maximum((end - start + SEGMENT - 1) // SEGMENT, 1)
+    slot = 2 * start // SEGMENT
+    if chunk < total:
+        tl.store(first_slot + chunk, slot)
+        tl.store(num_segments + chunk, count)
+    BLOCK: tl.constexpr = 32
+    for i in range(0, end_id - first_id, BLOCK):
+        rank = i + tl.arange(0, BLOCK).to(tl.int64)
+        inside = rank < end_id - first_id
+        exists = (rank < count) & (chunk < total)
+        tl.store(chunks + first_id + rank, tl.where(exists, chunk, total), mask=inside)
+        tl.store(segment_start + first_id + rank, start + rank * SEGMENT, mask=inside)
+        tl.store(segment_end + first_id + rank, tl.minimum(start + rank * SEGMENT + SEGMENT, end), mask=inside)
+        tl.store(segment_slot + first_id + rank, tl.where(count > 1, slot + rank, -1), mask=inside)
 
 
 def invert(indices: torch.Tensor, num_chunks: int, heads: int, segment: int) -> InvertedIndex:
     """
     Args:
-        indices: int32 [B, L, Hr, K], each in [-1, C).
-        num_chunks: C.
+        indices: integer [B, L, Hr, K], contiguous, each in [-1, C).
+        num_chunks: C, at least 1.
         heads: heads H of the index, which divide Hr: consecutive retrieval heads share the chunks of one.
         segment: most pairs in a segment.
     """
-    batch, _, retrieval_heads, _ = indices.shape
-    device, total = indices.device, batch * heads * num_chunks
-    dtype = torch.int32 if max(total, indices.numel()) < 2**31 else torch.int64
-    row = torch.arange(batch, device=device)[:, None] * heads
-    head = torch.arange(retrieval_heads, device=device) // (retrieval_heads // heads)
-    first_chunk = ((row + head) * num_chunks).to(dtype)[:, None, :, None]
-    chunk = torch.where(indices >= 0, indices + first_chunk, total).flatten()
-    chunk, pairs = chunk.sort(stable=True)
-    starts = torch.searchsorted(chunk, torch.arange(total + 1, device=device, dtype=dtype), out_int32=True)
+    batch, length, retrieval_heads, topk = indices.shape
+    device, num_pairs = indices.device, indices.numel()
+    total = batch * heads * num_chunks
+    dtype = torch.int32 if max(total, num_pairs) < 2**30 else torch.int64
+    empty = lambda n: torch.empty(n, dtype=dtype, device=device)  # noqa: E731
 
-    first, end = starts[:-1], starts[1:]
-    num_segments = ((end - first + segment - 1) // segment).clamp(min=1)
-    slots = num_segments * (num_segments > 1)
-    last_segment = num_segments.cumsum(0)
-    ids = torch.arange(total + indices.numel() // segment, device=device)
-    chunk = torch.searchsorted(last_segment, ids, right=True, out_int32=True)
-    known = chunk.clamp(max=max(total - 1, 0))
-    rank = ids - (last_segment - num_segments)[known]
-    start = first[known] + rank * segment
-    first_slot = slots.cumsum(0) - slots
-    slot = torch.where(num_segments[known] > 1, first_slot[known] + rank, -1)
-    return InvertedIndex(
-        pairs.to(dtype),
-        chunk,
-        start.to(dtype),
-        torch.minimum(start + segment, end[known]).to(dtype),
-        slot.to(torch.int32),
-        first_slot.to(torch.int32),
-        num_segments.to(torch.int32),
-        2 * (indices.numel() // segment),
-    )
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        chunk = empty(num_pairs)
+        _chunk_of_pair_kernel[(triton.cdiv(num_pairs, 1024),)](
+            indices, chunk, num_pairs, length, num_chunks, total,
+            RETRIEVAL_HEADS=retrieval_heads, HEADS=heads, TOPK=topk, BLOCK=1024,
+        )  # fmt: skip
+        chunk, pairs = chunk.sort(stable=True)
+        every_chunk = torch.arange(total + 1, dtype=dtype, device=device)
+        starts = torch.searchsorted(chunk, every_chunk, out_int32=dtype == torch.int32)
+        ids = total + num_pairs // segment
+        index = InvertedIndex(
+            pairs.to(dtype), *(empty(ids) for _ in range(4)), *(empty(total) for _ in range(2)),
+            0 if num_pairs <= segment else 2 * num_pairs // segment + 1,
+        )  # fmt: skip
+        _segments_kernel[(total + 1,)](starts, *index[1:-1], total, ids, SEGMENT=segment, num_warps=1)
+    return index

@@ -447,11 +447,11 @@ class _Plan:
         block = min(max(1, rows // self.lines), most)
         return {"BLOCK": block, "LINES": max(self.lines, 16 // block)}
 
-    def streaming(self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int) -> dict[str, int]:
+    def streaming(self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int, most: int = 3) -> dict[str, int]:
         """How many stages of `stage_bytes` fit beside `fixed_bytes` of shared memory, and how many warps."""
         rows = tile["BLOCK"] * tile["LINES"]
         scores = 2 * rows * self.sizes["S_"] * self.element
-        stages = max(1, min(3, (self.shared_memory - fixed_bytes - scores) // stage_bytes))
+        stages = max(1, min(most, (self.shared_memory - fixed_bytes - scores) // stage_bytes))
         return {"STAGES": stages, "num_warps": 8 if rows * self.sizes["D_"] > 64 * 128 else 4}
 
 
@@ -547,7 +547,9 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
         del union, counts
         gradients = _chunk_gradients(plan, q, k, v, weights, indices, lse, delta, d_out, scale, joint)
     d_k, d_v, d_weights = gradients
-    return d_q, d_k, d_v, d_weights if joint else d_weights.sum(-1).to(given.dtype)
+    if not joint:
+        d_weights = (d_weights.sum(-1) if d_weights.shape[-1] > 1 else d_weights.squeeze(-1)).to(given.dtype)
+    return d_q, d_k, d_v, d_weights
 
 
 def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, scale, joint: bool):
@@ -572,7 +574,7 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
         q, k, v, weights, lse, delta, d_out, d_k, d_v, d_weights, partial_k, partial_v,
         index.pairs, index.chunk, index.start, index.end, index.slot,
         *_strides(k, v), len(index.num_segments), num_chunks, scale,
-        HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile, **plan.streaming(tile, rows_bytes, plan.chunk_bytes),
+        HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile, **plan.streaming(tile, rows_bytes, plan.chunk_bytes, 2),
     )  # fmt: skip
     if index.num_slots:
         _add_segments_kernel[(len(index.num_segments), share)](
