@@ -287,7 +287,7 @@ class HSACache(Cache):
         if is_first and not self.memory.offloading:
             return landmarks, keys, values  # through which gradients flow
         memory = tuple(buffer[:, : self.max_chunks] for buffer in self.memory.buffers)
-        if torch.is_grad_enabled() and landmarks.requires_grad:
+        if torch.is_grad_enabled():
             # Later calls write into the storage, which backward of this one may still have to read.
             memory = tuple(x.clone() for x in memory)
         return memory

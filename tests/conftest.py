@@ -1,17 +1,22 @@
 """What all tests share: seeds, the skipping of GPU tests, Hypothesis settings, model variants and ways to read."""
 
 import copy
+import os
 
 import pytest
 import torch
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels then run on the CPU; read when Triton is imported
+
 from hypothesis import HealthCheck, register_random, settings
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import set_seed
 
 from modeling_hsa import HSACache, HSAForCausalLM
 
-from .helpers import relative_error, tiny_model
+from .helpers import InsideOperators, relative_error, tiny_model
 
 
 # Relative errors in fp32: where the arithmetic is the same, and where sums are taken in another order.
@@ -211,7 +216,7 @@ class Rows:
         return max(errors)
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(InsideOperators):
     """Records the tensors that operations make in storage of their own, so neither views nor what is written into."""
 
     def __init__(self):

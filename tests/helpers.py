@@ -1,9 +1,11 @@
 """Small models and comparisons shared by the tests."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_hsa import HSAConfig
 from modeling_hsa import HSAForCausalLM
+from modeling_hsa.ops import library
 
 
 def tiny_config(**overrides) -> HSAConfig:
@@ -36,3 +38,30 @@ def tiny_model(seed: int = 0, **overrides) -> HSAForCausalLM:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of `expected`."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+class InsideOperators(TorchDispatchMode):
+    """A dispatch mode that also sees what the operators of `modeling_hsa.ops` do inside, in plain PyTorch."""
+
+    _FUNCTIONS = ("torch_selection", "torch_selection_backward", "torch_attention", "torch_attention_backward")
+
+    def __enter__(self):
+        self._functions = {name: getattr(library, name) for name in self._FUNCTIONS}
+        for name, function in self._functions.items():
+            setattr(library, name, self._watched(function))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for name, function in self._functions.items():
+            setattr(library, name, function)
+
+    def _watched(self, function):
+        def run(*args):
+            super(InsideOperators, self).__enter__()
+            try:
+                return function(*args)
+            finally:
+                super(InsideOperators, self).__exit__(None, None, None)
+
+        return run

@@ -62,7 +62,8 @@ def _chunk_of_pair_kernel(
 
 @triton.jit
 def _segments_kernel(
-    starts, chunks, segment_start, segment_end, segment_slot, first_slot, num_segments, total, ids, SEGMENT: tl.constexpr
+    starts, chunks, segment_start, segment_end, segment_slot, first_slot, num_segments, total, ids,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """
     Grid: (chunks + 1). Writes the segments of a chunk whose pairs are `starts[chunk]` to `starts[chunk + 1]`. Where

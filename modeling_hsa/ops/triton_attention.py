@@ -10,8 +10,8 @@ queries of one group, as many as fill the tensor cores, and walks the union of t
 the block; rows that did not retrieve it give it the weight 0. The softmax of a chunk is complete when the chunk is
 read, so nothing has to be rescaled later (but for `joint`, which is one softmax, kept online).
 
-Gradients of k and v: a program takes the (query, slot) pairs that retrieved one chunk from the inverted index, in tiles
-of as many rows, and sums over them: time is linear in the pairs. The gradients of the weights come out on the way.
+Gradients of k and v: a program takes the (query, slot) pairs that retrieved one chunk from the inverted index, in
+tiles of as many rows, and sums over them: time is linear in the pairs. This gives the gradients of the weights, too.
 
 Nothing uses atomics: results are the same every time.
 """
@@ -359,7 +359,8 @@ def _chunk_gradient_kernel(
     place = tl.load(segment_slot + segment).to(tl.int64)
     inside = (position < S)[:, None] & (column < D)[None, :]
     if place < 0:
-        elements = ((row * num_chunks + chunk) * S + position)[:, None] * (KV_HEADS * D) + kv_head * D + column[None, :]
+        head_row = ((row * num_chunks + chunk) * S + position) * KV_HEADS + kv_head
+        elements = head_row[:, None] * D + column[None, :]
         tl.store(d_k + elements, acc_k.to(d_k.dtype.element_ty), mask=inside)
         tl.store(d_v + elements, acc_v.to(d_v.dtype.element_ty), mask=inside)
     else:
@@ -466,7 +467,7 @@ def _strides(k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
 
 
 def _union(indices: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chunks of every block of queries: int32 [B, Hr, blocks, block * K], each once, and how many [B, Hr, blocks]."""
+    """The chunks of every block of queries, each once: int32 [B, Hr, blocks, block * K]; how many: [B, Hr, blocks]."""
     batch, length, heads, topk = indices.shape
     if block == 1:
         return indices, indices  # not looked at
@@ -574,7 +575,8 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
         q, k, v, weights, lse, delta, d_out, d_k, d_v, d_weights, partial_k, partial_v,
         index.pairs, index.chunk, index.start, index.end, index.slot,
         *_strides(k, v), len(index.num_segments), num_chunks, scale,
-        HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile, **plan.streaming(tile, rows_bytes, plan.chunk_bytes, 2),
+        HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile,
+        **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2),
     )  # fmt: skip
     if index.num_slots:
         _add_segments_kernel[(len(index.num_segments), share)](
