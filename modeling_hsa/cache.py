@@ -25,8 +25,7 @@ class TokenHistory:
     def __init__(self, keep: int):
         self.keep = keep
         self.recording = False
-        self.buffer: torch.Tensor | None = None
-        self.start = self.end = 0
+        self.reset()
 
     @property
     def size(self) -> int:
@@ -42,6 +41,7 @@ class TokenHistory:
         everything that was stored and the new tokens, right-aligned.
         """
         length = new.shape[-2]
+        self.added = self.added + (length if counts is None else counts)
         with_grad = torch.is_grad_enabled() and new.requires_grad
         if self.size == 0 or counts is not None or length > self.keep or with_grad:
             stream = new
@@ -50,12 +50,14 @@ class TokenHistory:
                 if counts is not None:
                     stream = self._close_gaps(stream, length, counts)
             self._store(stream.detach())
+            self._note_dropped()
             return stream
         if self.end + length > self.buffer.shape[-2]:
             self._store(self.tokens, room=length)
         self.buffer = _writable(self.buffer)
         self.buffer[..., self.end : self.end + length, :] = new
         self.end += length
+        self._note_dropped()
         return self.tokens
 
     def _close_gaps(self, stream: torch.Tensor, length: int, counts: torch.Tensor) -> torch.Tensor:
@@ -74,10 +76,21 @@ class TokenHistory:
         self.buffer[..., :size, :] = kept
         self.start, self.end = 0, size
 
+    def _note_dropped(self) -> None:
+        least = self.added - self.size
+        self.dropped = max(self.dropped, least) if isinstance(least, int) else least.clamp(min=self.dropped)
+
+    def can_crop(self, tokens: int | torch.Tensor, need: int) -> bool:
+        """Whether without its last `tokens` tokens every row has its `need` last ones, or all that it ever had."""
+        left = self.added - tokens
+        enough = (left - self.dropped >= need) | (self.dropped == 0)
+        return bool(torch.as_tensor(enough).all())
+
     def crop(self, tokens: int | torch.Tensor, most: int) -> None:
         """Forgets the last `tokens` tokens, of each row or [B] row by row, in which case `most` is their maximum."""
         if self.buffer is None:
             return
+        self.added = self.added - tokens
         if isinstance(tokens, int):
             self.end -= tokens
             return
@@ -85,13 +98,21 @@ class TokenHistory:
         stored = self.tokens
         end = torch.arange(most, stored.shape[-2], device=stored.device)
         self._store(_gather_tokens(stored, end - tokens.to(stored.device)[:, None]))
+        self._note_dropped()
 
     def apply(self, function) -> None:
-        if self.buffer is not None:
-            self.buffer = function(self.buffer)
+        if self.buffer is None:
+            return
+        self.buffer = function(self.buffer)
+        if isinstance(self.added, torch.Tensor):
+            self.added, self.dropped = function(self.added), function(self.dropped)
 
     def reset(self) -> None:
-        self.buffer, self.start, self.end = None, 0, 0
+        self.buffer: torch.Tensor | None = None
+        self.start = self.end = 0
+        # Tokens that came and were not cropped, and how many of them are no longer stored; [B] once rows differ.
+        self.added: int | torch.Tensor = 0
+        self.dropped: int | torch.Tensor = 0
 
 
 def _gather_tokens(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -374,6 +395,7 @@ class HSACache(Cache):
             if history.recording and history.size > 2 * history.keep:
                 history.recording = False
                 history._store(history.tokens)
+                history._note_dropped()
                 history.recording = True
 
     def _crop(self, columns: int) -> None:
@@ -383,13 +405,13 @@ class HSACache(Cache):
                 raise self._too_far(columns)
             tokens = self.columns.tokens[:, self.columns.size - columns :, 0].sum(1)
         most = columns if isinstance(tokens, int) else int(tokens.max())
-        left = self.num_columns - columns  # an upper bound on the tokens left in a row
         stride = self.config.retrieval_stride
         needs = [(history, self.window - 1) for layer in self.layers for history in layer.histories]
         needs += [(self.hidden, self.chunk_size - 1), *((h, stride - 1) for h in self.queries.values())]
-        if any(h.buffer is not None and h.size - most < min(need, left) for h, need in needs):
+        if not all(history.can_crop(tokens, need) for history, need in needs):
             raise self._too_far(columns)
-        if self.past is None and self.rows.size <= most:  # it has an entry from before the first token
+        # What a row had seen before: its entry must be there, also that from before the first token.
+        if self.past is None and bool(torch.as_tensor(self.rows.added - self.rows.dropped - tokens < 1).any()):
             raise self._too_far(columns)
         for history in (*(history for history, _ in needs), self.rows):
             history.crop(tokens, most)
@@ -398,6 +420,9 @@ class HSACache(Cache):
         if self.past is not None:
             self.past -= columns
             self.max_chunks = self.past // self.chunk_size
+        else:
+            position, first_chunk, _ = self.rows.tokens[:, -1].unbind(-1)
+            self.max_chunks = int((first_chunk + (position + 1) // self.chunk_size).max())
 
     def _too_far(self, columns: int) -> ValueError:
         return ValueError(
