@@ -10,7 +10,6 @@ more was read, as the K-th best of n random scores changes K / n of the time.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -29,8 +28,10 @@ except ImportError as error:
 
 # Most (query, slot) pairs of one chunk that a program of the backward adds up; more are cut into segments.
 _SEGMENT = 128
-# Most entries of all splits of a query that are merged: keeps the merge, a single program per query, short.
-_MERGE_ENTRIES = 8192
+# Most keys that a program merges.
+_MERGED = 4096
+# The key of no chunk, less than all others.
+ABSENT = tl.constexpr(-(2**63))
 
 
 # -- keeping the best ------------------------------------------------------------------------------------------------
@@ -73,27 +74,32 @@ def _keep_best(best, kept, scores, chunk):
 
 
 @triton.jit
-def _store_sorted(scores_ptr, indices_ptr, row, valid, best, kept, TOPK: tl.constexpr, SLOTS: tl.constexpr):
-    """Writes what was kept, nearest chunk first, to the rows `row` int64 [BM] of [.., K] where `valid`."""
-    kept = tl.maximum(kept, -1)
-    # The chunk decides alone: no two are equal but those of empty slots.
-    keys = (kept.to(tl.int64) << 32) | (best.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
-    keys = tl.sort(keys, descending=True)
-    kept = (keys >> 32).to(tl.int32)
-    best = tl.where(kept < 0, float("-inf"), keys.to(tl.int32).to(tl.float32, bitcast=True))
-    slot = tl.arange(0, SLOTS)[None, :]
-    offset = row[:, None] * TOPK + slot
-    mask = valid[:, None] & (slot < TOPK)
-    tl.store(scores_ptr + offset, best, mask=mask)
-    tl.store(indices_ptr + offset, kept, mask=mask)
+def _ordered_keys(scores, chunk):
+    """
+    One int64 per (score, chunk) that sorts by score, then by chunk: the upper 32 bits are the fp32 score mapped to an
+    integer of the same order, the lower ones the chunk. ABSENT, the least of all, for a score of -inf.
+    """
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes one zero of -0.0 and 0.0
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(scores == float("-inf"), ABSENT, (bits.to(tl.int64) << 32) | chunk.to(tl.int64))
 
 
 @triton.jit
-def _store_split(scores_ptr, indices_ptr, row, valid, best, kept, split, splits, SLOTS: tl.constexpr):
-    """Writes what a split kept, in any order, to the workspace [rows, splits, SLOTS]."""
-    offset = (row[:, None] * splits + split) * SLOTS + tl.arange(0, SLOTS)[None, :]
-    tl.store(scores_ptr + offset, tl.where(kept < 0, float("-inf"), best), mask=valid[:, None])
-    tl.store(indices_ptr + offset, kept, mask=valid[:, None])
+def _store_sorted(scores_ptr, indices_ptr, row, valid, keys, TOPK: tl.constexpr, SLOTS: tl.constexpr):
+    """Writes the best K of `keys` [BM, SLOTS], sorted by score if K < SLOTS, nearest chunk first, where `valid`."""
+    slot = tl.arange(0, SLOTS)[None, :]
+    bits = (keys >> 32).to(tl.int32)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    present = (keys != ABSENT) & (slot < TOPK)
+    # Now the chunk on top, which decides alone: no two are equal but the -1 of what is absent.
+    chunk = tl.where(present, keys & 0xFFFFFFFF, -1)
+    keys = tl.sort((chunk << 32) | (bits.to(tl.int64) & 0xFFFFFFFF), descending=True)
+    chunk = (keys >> 32).to(tl.int32)
+    scores = tl.where(chunk < 0, float("-inf"), keys.to(tl.int32).to(tl.float32, bitcast=True))
+    offset = row[:, None] * TOPK + slot
+    mask = valid[:, None] & (slot < TOPK)
+    tl.store(scores_ptr + offset, scores, mask=mask)
+    tl.store(indices_ptr + offset, chunk, mask=mask)
 
 
 @triton.jit
@@ -112,11 +118,11 @@ def _split_range(first, end, split, splits, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "num_chunks", "rows", "heads", "splits"])
 def _select_block_kernel(
-    q_ptr, landmarks_ptr, first_ptr, end_ptr, scores_ptr, indices_ptr,
+    q_ptr, landmarks_ptr, first_ptr, end_ptr, keys_ptr, scores_ptr, indices_ptr,
     length, num_chunks, rows, heads, splits, scale,
     stride_qb, stride_ql, stride_qh, stride_lb, stride_lc, stride_lh, stride_fb, stride_fl, stride_eb, stride_el,
     D: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """
     The best of a split for a block of BM queries of one head.
@@ -124,7 +130,8 @@ def _select_block_kernel(
     Grid: blocks x rows (batch entries x heads) x splits in one dimension, the last queries, which see most, first.
     Memory: the queries [BM, BD] and the kept ones stay in registers or shared memory; landmarks come in tiles
     [BN, BD], the next one on its way while the best of this one are sought. Where the queries are wider than BD, both
-    are read in pieces of BD, asynchronously, through shared memory.
+    are read in pieces of BD, asynchronously, through shared memory. WIDEN is for Triton's interpreter, which takes the
+    bits of bf16 for integers.
     """
     pid = tl.program_id(0)
     split = pid % splits
@@ -153,6 +160,8 @@ def _select_block_kernel(
     start = high - BN
     if D <= BD:
         q = tl.load(q_ptrs, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        if WIDEN:
+            q = q.to(tl.float32)
         tile = tl.load(
             landmarks_ptr + start.to(tl.int64) * stride_lc + tile_offsets,
             mask=((start + n >= low) & (start + n < high))[:, None] & (d < D)[None, :],
@@ -167,6 +176,8 @@ def _select_block_kernel(
                 mask=(following + n >= low)[:, None] & (d < D)[None, :],
                 other=0.0,
             )
+            if WIDEN:
+                landmarks = landmarks.to(tl.float32)
             scores = tl.dot(q, tl.trans(landmarks), input_precision=PRECISION)
         else:
             tile_ptrs = landmarks_ptr + start.to(tl.int64) * stride_lc + tile_offsets
@@ -176,6 +187,8 @@ def _select_block_kernel(
                 wanted = (d < D - piece)[None, :]
                 q = tl.load(q_ptrs + piece, mask=valid[:, None] & wanted, other=0.0)
                 landmarks = tl.load(tile_ptrs + piece, mask=inside & wanted, other=0.0)
+                if WIDEN:
+                    q, landmarks = q.to(tl.float32), landmarks.to(tl.float32)
                 scores = tl.dot(q, tl.trans(landmarks), scores, input_precision=PRECISION)
         scores *= scale
         chunk = (start + n)[None, :]
@@ -185,43 +198,49 @@ def _select_block_kernel(
         start -= BN
 
     row = (batch * length + token) * heads + head
+    keys = _ordered_keys(tl.where(kept < 0, float("-inf"), best), kept)
     if SPLIT:
-        _store_split(scores_ptr, indices_ptr, row, valid, best, kept, split, splits, SLOTS)
+        offset = (row * splits + split)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
+        tl.store(keys_ptr + offset, keys, mask=valid[:, None])
     else:
-        _store_sorted(scores_ptr, indices_ptr, row, valid, best, kept, TOPK, SLOTS)
+        if TOPK < SLOTS:
+            keys = tl.sort(keys, descending=True)
+        _store_sorted(scores_ptr, indices_ptr, row, valid, keys, TOPK, SLOTS)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "heads", "splits"])
+@triton.jit(do_not_specialize=["num_chunks", "heads", "groups"])
 def _select_row_kernel(
-    q_ptr, landmarks_ptr, first_ptr, end_ptr, scores_ptr, indices_ptr,
-    num_chunks, heads, splits, scale,
+    q_ptr, landmarks_ptr, first_ptr, end_ptr, keys_ptr, scores_ptr, indices_ptr,
+    num_chunks, heads, groups, scale,
     stride_qb, stride_qh, stride_lb, stride_lc, stride_lh, stride_fb, stride_eb,
-    D: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+    D: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """
-    The best of a split for the only query (L = 1) of one head: decoding, which is as fast as landmarks can be read.
+    The best of a group of TILES * BN chunks for the only query (L = 1) of one head: decoding, which is as fast as
+    landmarks can be read.
 
-    Grid: rows (batch entries x heads) x splits in one dimension. How much there is to read is known on the device
-    only: the splits share what is visible, whatever the capacity of the landmarks.
-    Memory: the query and two tiles [BN, BD] of whole landmarks in registers, one of them still on its way. Products
-    are added up without the matrix units, which would need 16 queries.
+    Grid: rows (batch entries x heads) x groups in one dimension, group 0 the nearest. How much is visible is known on
+    the device only: groups beyond leave at once, whatever the capacity of the landmarks.
+    Memory: the query, two tiles [BN, BD] of whole landmarks, one of them still on its way, and the scores of the group
+    in registers. Products are added up without the matrix units, which would need 16 queries, and the best are found
+    by one partial sort: one query has too little to do at a time for taking one chunk after the other.
     """
     pid = tl.program_id(0)
-    split = pid % splits
-    row = pid // splits + tl.arange(0, 1).to(tl.int64)  # [1]
-    batch, head = (pid // splits // heads).to(tl.int64), (pid // splits % heads).to(tl.int64)
+    group = pid % groups
+    row = pid // groups + tl.arange(0, 1).to(tl.int64)  # [1]
+    batch, head = (pid // groups // heads).to(tl.int64), (pid // groups % heads).to(tl.int64)
 
-    one = tl.zeros([1], tl.int64)
-    first = tl.maximum(tl.load(first_ptr + batch * stride_fb + one), 0).to(tl.int32)
-    end = tl.load(end_ptr + batch * stride_eb + one)
-    end = tl.minimum(tl.maximum(end, 0), num_chunks).to(tl.int32)
-    low, high = _split_range(first, end, split, splits, BN)
+    low = tl.maximum(tl.load(first_ptr + batch * stride_fb), 0)
+    high = tl.minimum(tl.load(end_ptr + batch * stride_eb), num_chunks)
+    high = high.to(tl.int32) - group * TILES * BN
+    low = tl.maximum(tl.minimum(low, num_chunks).to(tl.int32), high - TILES * BN)
 
-    n, d = tl.arange(0, BN), tl.arange(0, BD)
+    n, d, t = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, TILES)
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + d, mask=d < D, other=0.0).to(tl.float32)
     landmarks_ptr += batch * stride_lb + head * stride_lh
     tile_offsets = n[:, None].to(tl.int64) * stride_lc + d[None, :]
-    best, kept = _empty_best(1, TOPK, SLOTS)
+    scores = tl.full([TILES, BN], float("-inf"), tl.float32)
 
     start = high - BN
     tile = tl.load(
@@ -229,55 +248,49 @@ def _select_row_kernel(
         mask=((start + n >= low) & (start + n < high))[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    for _ in range(tl.cdiv(tl.maximum(high - low, 0), BN)):
+    for i in range(tl.cdiv(tl.maximum(high - low, 0), BN)):
         landmarks = tile
-        following = start - BN
+        start -= BN
         tile = tl.load(
-            landmarks_ptr + following.to(tl.int64) * stride_lc + tile_offsets,
-            mask=(following + n >= low)[:, None] & (d < D)[None, :],
+            landmarks_ptr + start.to(tl.int64) * stride_lc + tile_offsets,
+            mask=(start + n >= low)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        scores = tl.sum(landmarks.to(tl.float32) * q[None, :], 1) * scale
-        scores = tl.where(start + n >= low, scores, float("-inf"))
-        best, kept = _keep_best(best, kept, scores[None, :], (start + n)[None, :])
-        start -= BN
+        products = tl.sum(landmarks.to(tl.float32) * q[None, :], 1)
+        scores = tl.where(t[:, None] == i, products[None, :], scores)
 
-    valid = row >= 0
-    if SPLIT:
-        _store_split(scores_ptr, indices_ptr, row, valid, best, kept, split, splits, SLOTS)
+    chunk = high - BN - t[:, None] * BN + n[None, :]
+    keys = tl.reshape(_ordered_keys(tl.where(chunk >= low, scores * scale, float("-inf")), chunk), [1, TILES * BN])
+    # Without a single visible chunk all keys are equal: nothing to sort.
+    if high > low:
+        best = tl.topk(keys, SLOTS)
     else:
-        _store_sorted(scores_ptr, indices_ptr, row, valid, best, kept, TOPK, SLOTS)
+        best = tl.full([1, SLOTS], ABSENT, tl.int64)
+    if SPLIT:
+        tl.store(keys_ptr + (row * groups + group)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], best)
+    else:
+        _store_sorted(scores_ptr, indices_ptr, row, row >= 0, best, TOPK, SLOTS)
 
 
-@triton.jit(do_not_specialize=["entries"])
-def _merge_splits_kernel(
-    split_scores_ptr, split_indices_ptr, scores_ptr, indices_ptr, entries,
-    TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr,
+@triton.jit(do_not_specialize=["entries", "groups"])
+def _merge_kernel(
+    keys_ptr, merged_ptr, scores_ptr, indices_ptr, entries, groups,
+    TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """
-    The best of all splits of a query. Grid: queries x heads. Reads [splits x SLOTS] entries in tiles [1, BN], the
-    splits of the nearest chunks first.
+    The best of BN of the keys int64 [rows, entries] that programs found for a row (a query of a head). Grid: rows x
+    groups of BN keys. Several groups write keys to merge once more, [rows, groups, SLOTS], a single one the result.
     """
-    row = tl.program_id(0) + tl.arange(0, 1).to(tl.int64)  # [1]
-    best, kept = _empty_best(1, TOPK, SLOTS)
-    for start in range(0, entries, BN):
-        entry = start + tl.arange(0, BN)[None, :]
-        offset = row[:, None] * entries + entry
-        scores = tl.load(split_scores_ptr + offset, mask=entry < entries, other=float("-inf"))
-        chunk = tl.load(split_indices_ptr + offset, mask=entry < entries, other=-1)
-        best, kept = _keep_best(best, kept, scores, chunk)
-    _store_sorted(scores_ptr, indices_ptr, row, row >= 0, best, kept, TOPK, SLOTS)
-
-
-class _Plan(NamedTuple):
-    """Sizes of the blocks of queries, landmarks and dimensions, warps, stages, and the splits of the landmarks."""
-
-    queries: int
-    landmarks: int
-    dims: int
-    warps: int
-    stages: int
-    splits: int
+    pid = tl.program_id(0)
+    group = pid % groups
+    row = pid // groups + tl.arange(0, 1).to(tl.int64)  # [1]
+    entry = group * BN + tl.arange(0, BN)[None, :]
+    keys = tl.load(keys_ptr + row[:, None] * entries + entry, mask=entry < entries, other=ABSENT)
+    best = tl.topk(keys, SLOTS)
+    if SPLIT:
+        tl.store(merged_ptr + (row * groups + group)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :], best)
+    else:
+        _store_sorted(scores_ptr, indices_ptr, row, row >= 0, best, TOPK, SLOTS)
 
 
 @functools.cache
@@ -285,74 +298,84 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _num_splits(blocks: int, num_chunks: int, tile: int, slots: int, processors: int) -> int:
-    """
-    How many programs share the landmarks of a block of queries: as many as fill the device with four each, if they
-    have four tiles to read and the merge stays short.
-    """
-    if blocks >= processors:
-        return 1
-    return max(1, min(4 * processors // blocks, num_chunks // (4 * tile), _MERGE_ENTRIES // slots))
+def _on_device(x: torch.Tensor):
+    """Makes the device of `x` the current one, on which Triton launches."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)
 
 
-def _plan(q: torch.Tensor, num_chunks: int, slots: int) -> _Plan:
+def _select_row(q, landmarks, bounds, topk, slots, scale, found):
+    """One query per row. Returns the keys to merge, int64 [rows, groups, slots], or None if `found` is complete."""
+    batch, _, heads, dim = q.shape
+    num_chunks, rows = landmarks.shape[1], batch * heads
+    dims = max(16, triton.next_power_of_2(dim))
+    tile = max(16, 8192 // dims)
+    # As many landmarks per program as leave four programs for each processor, and something to choose from.
+    share = triton.next_power_of_2(triton.cdiv(rows * num_chunks, 4 * _num_processors(q.device)))
+    size = max(tile, min(1024, max(128, 4 * slots, share)))
+    groups = triton.cdiv(num_chunks, size)
+    keys = torch.empty(rows, groups, slots, dtype=torch.int64, device=q.device) if groups > 1 else None
+    (first, first_stride), (end, end_stride) = bounds
+    _select_row_kernel[(rows * groups,)](
+        q, landmarks, first, end, keys, *found, num_chunks, heads, groups, scale,
+        q.stride(0), q.stride(2), *landmarks.stride()[:3], first_stride[0], end_stride[0],
+        D=dim, TOPK=topk, SLOTS=slots, TILES=size // tile, BN=tile, BD=dims, SPLIT=groups > 1,
+        num_warps=4 if tile * dims * q.element_size() <= 1 << 15 else 8,
+    )  # fmt: skip
+    return keys
+
+
+def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
+    """Several queries per row. Returns the keys to merge, int64 [rows, splits, slots], or None, see `_select_row`."""
     batch, length, heads, dim = q.shape
-    processors, wide = _num_processors(q.device), q.element_size() == 4
-    padded = max(16, triton.next_power_of_2(dim))
-    if length == 1:
-        tile = max(16, 8192 // padded)
-        warps = 4 if tile * padded * q.element_size() <= 1 << 15 else 8
-        return _Plan(1, tile, padded, warps, 1, _num_splits(batch * heads, num_chunks, tile, slots, processors))
+    num_chunks, rows, wide = landmarks.shape[1], batch * heads, q.element_size() == 4
     # A warp for 16 queries: no row of scores is spread over warps, and its maximum takes two shuffles.
     queries = min(64, max(16, triton.next_power_of_2(length)))
-    dims = padded if padded <= (64 if wide else 256) else (32 if wide else 64)
-    tile = 64 if wide or slots > 64 or dims > 128 else 128
-    blocks = batch * heads * triton.cdiv(length, queries)
-    splits = _num_splits(blocks, num_chunks, tile, slots, processors)
-    return _Plan(queries, tile, dims, queries // 16, 3, splits)
+    dims = max(16, triton.next_power_of_2(dim))
+    if dims > (64 if wide else 256):  # too wide to stay
+        dims = 32 if wide else 64
+    tile = 64 if wide or slots > 64 or dims > 128 or queries < 64 else 128
+    # Where the blocks leave at least half of the processors idle, several programs with four tiles or more each.
+    blocks, processors = rows * triton.cdiv(length, queries), _num_processors(q.device)
+    splits = 1
+    if 2 * blocks <= processors:
+        splits = max(1, min(4 * processors // blocks, num_chunks // (4 * tile), _MERGED // slots))
+    keys = torch.empty(rows * length, splits, slots, dtype=torch.int64, device=q.device) if splits > 1 else None
+    (first, first_stride), (end, end_stride) = bounds
+    _select_block_kernel[(blocks * splits,)](
+        q, landmarks, first, end, keys, *found, length, num_chunks, rows, heads, splits, scale,
+        *q.stride()[:3], *landmarks.stride()[:3], *first_stride, *end_stride,
+        D=dim, TOPK=topk, SLOTS=slots, BM=queries, BN=tile, BD=dims, SPLIT=splits > 1, PRECISION="ieee",
+        WIDEN=not q.is_cuda, num_warps=queries // 16, num_stages=3,
+    )  # fmt: skip
+    return keys
 
 
 def select_chunks_forward(q, landmarks, first, end, topk, scale):
     """
     The operator `select_chunks` of `library`. Where there are too few queries to fill the device, several programs
-    share the landmarks of a block of queries, and a second kernel merges what they kept.
+    share the landmarks of a query, and a second kernel merges what they found.
     """
-    batch, length, heads, dim = q.shape
-    num_chunks = landmarks.shape[1]
     q, landmarks = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, landmarks))
-    scores = torch.empty(batch, length, heads, topk, dtype=torch.float32, device=q.device)
-    indices = torch.empty(batch, length, heads, topk, dtype=torch.int32, device=q.device)
-    if indices.numel() == 0:
-        return scores, indices
-    slots = triton.next_power_of_2(topk)
-    plan = _plan(q, num_chunks, slots)
-    found = scores, indices
-    if plan.splits > 1:
-        shape = (batch * length * heads, plan.splits, slots)
-        found = tuple(torch.empty(shape, dtype=x.dtype, device=q.device) for x in found)
-    first_stride, end_stride = ((x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (first, end))
-    sizes = {"D": dim, "TOPK": topk, "SLOTS": slots, "BN": plan.landmarks, "BD": plan.dims, "SPLIT": plan.splits > 1}
-    with torch.cuda.device(q.device if q.is_cuda else -1):
-        if length == 1:
-            _select_row_kernel[(batch * heads * plan.splits,)](
-                q, landmarks, first, end, *found, num_chunks, heads, plan.splits, scale,
-                q.stride(0), q.stride(2), *landmarks.stride()[:3], first_stride[0], end_stride[0],
-                **sizes, num_warps=plan.warps,
+    shape = (*q.shape[:3], topk)
+    found = tuple(torch.empty(shape, dtype=dtype, device=q.device) for dtype in (torch.float32, torch.int32))
+    if found[0].numel() == 0:
+        return found
+    slots = max(2, triton.next_power_of_2(topk))
+    bounds = [(x, (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))) for x in (first, end)]
+    with _on_device(q):
+        select = _select_row if q.shape[1] == 1 else _select_blocks
+        keys = select(q, landmarks, bounds, topk, slots, scale, found)
+        while keys is not None:
+            rows, entries = keys.shape[0], keys.shape[1] * slots
+            tile = min(_MERGED, triton.next_power_of_2(entries))
+            groups = triton.cdiv(entries, tile)
+            merged = keys.new_empty(rows, groups, slots) if groups > 1 else None
+            _merge_kernel[(rows * groups,)](
+                keys, merged, *found, entries, groups,
+                TOPK=topk, SLOTS=slots, BN=tile, SPLIT=groups > 1, num_warps=min(8, max(1, tile // 256)),
             )  # fmt: skip
-        else:
-            rows = batch * heads
-            _select_block_kernel[(triton.cdiv(length, plan.queries) * rows * plan.splits,)](
-                q, landmarks, first, end, *found, length, num_chunks, rows, heads, plan.splits, scale,
-                *q.stride()[:3], *landmarks.stride()[:3], *first_stride, *end_stride,
-                **sizes, BM=plan.queries, PRECISION="ieee", num_warps=plan.warps, num_stages=plan.stages,
-            )  # fmt: skip
-        if plan.splits > 1:
-            entries = plan.splits * slots
-            tile = min(4096, triton.next_power_of_2(entries))
-            _merge_splits_kernel[(batch * length * heads,)](
-                *found, scores, indices, entries, TOPK=topk, SLOTS=slots, BN=tile, num_warps=8 if tile > 1024 else 4
-            )
-    return scores, indices
+            keys = merged
+    return found
 
 
 # -- backward --------------------------------------------------------------------------------------------------------
@@ -490,6 +513,6 @@ def select_chunks_backward(d_scores, q, landmarks, indices, scale):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, landmarks))
     q, landmarks = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, landmarks))
     d_scores, indices = d_scores.float().contiguous(), indices.contiguous()
-    with torch.cuda.device(q.device if q.is_cuda else -1):
+    with _on_device(q):
         arguments = d_scores, q, landmarks, indices, scale
         return _query_gradient(*arguments), _landmark_gradient(*arguments)
