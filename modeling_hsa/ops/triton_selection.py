@@ -308,7 +308,7 @@ def _select_row(q, landmarks, bounds, topk, slots, scale, found):
     batch, _, heads, dim = q.shape
     num_chunks, rows = landmarks.shape[1], batch * heads
     dims = max(16, triton.next_power_of_2(dim))
-    tile = max(16, 8192 // dims)
+    tile = max(8, 4096 // dims)
     # As many landmarks per program as leave four programs for each processor, and something to choose from.
     share = triton.next_power_of_2(triton.cdiv(rows * num_chunks, 4 * _num_processors(q.device)))
     size = max(tile, min(1024, max(128, 4 * slots, share)))
@@ -319,7 +319,7 @@ def _select_row(q, landmarks, bounds, topk, slots, scale, found):
         q, landmarks, first, end, keys, *found, num_chunks, heads, groups, scale,
         q.stride(0), q.stride(2), *landmarks.stride()[:3], first_stride[0], end_stride[0],
         D=dim, TOPK=topk, SLOTS=slots, TILES=size // tile, BN=tile, BD=dims, SPLIT=groups > 1,
-        num_warps=4 if tile * dims * q.element_size() <= 1 << 15 else 8,
+        num_warps=4 if tile * dims * q.element_size() <= 1 << 14 else 8,
     )  # fmt: skip
     return keys
 
@@ -327,25 +327,30 @@ def _select_row(q, landmarks, bounds, topk, slots, scale, found):
 def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
     """Several queries per row. Returns the keys to merge, int64 [rows, splits, slots], or None, see `_select_row`."""
     batch, length, heads, dim = q.shape
-    num_chunks, rows, wide = landmarks.shape[1], batch * heads, q.element_size() == 4
+    num_chunks, rows, wide = landmarks.shape[1], batch * heads, q.element_size() > 2
     # A warp for 16 queries: no row of scores is spread over warps, and its maximum takes two shuffles.
-    queries = min(64, max(16, triton.next_power_of_2(length)))
-    dims = max(16, triton.next_power_of_2(dim))
-    if dims > (64 if wide else 256):  # too wide to stay
+    queries, processors = min(64, max(16, triton.next_power_of_2(length))), _num_processors(q.device)
+    while queries > 16 and 2 * rows * triton.cdiv(length, queries) <= processors:
+        queries //= 2
+    warps, dims = queries // 16, max(16, triton.next_power_of_2(dim))
+    tile = 128 if queries == 64 and not wide else 64
+    tile = tile // 2 if slots > 64 else tile
+    # Queries stay if they are no wider than this, and then a tile of landmarks takes at most 64 registers of a thread.
+    if dims <= min(64 if wide else 256, 256 * warps // q.element_size()):
+        tile = min(tile, 8192 * warps // (dims * q.element_size()))
+    else:
         dims = 32 if wide else 64
-    tile = 64 if wide or slots > 64 or dims > 128 or queries < 64 else 128
-    # Where the blocks leave at least half of the processors idle, several programs with four tiles or more each.
-    blocks, processors = rows * triton.cdiv(length, queries), _num_processors(q.device)
-    splits = 1
+    # Where even small blocks leave half of the processors idle, four programs for each, if they have four tiles each.
+    blocks, splits = rows * triton.cdiv(length, queries), 1
     if 2 * blocks <= processors:
-        splits = max(1, min(4 * processors // blocks, num_chunks // (4 * tile), _MERGED // slots))
+        splits = max(1, min(4 * processors // blocks, num_chunks // (4 * tile), 4 * _MERGED // slots))
     keys = torch.empty(rows * length, splits, slots, dtype=torch.int64, device=q.device) if splits > 1 else None
     (first, first_stride), (end, end_stride) = bounds
     _select_block_kernel[(blocks * splits,)](
         q, landmarks, first, end, keys, *found, length, num_chunks, rows, heads, splits, scale,
         *q.stride()[:3], *landmarks.stride()[:3], *first_stride, *end_stride,
         D=dim, TOPK=topk, SLOTS=slots, BM=queries, BN=tile, BD=dims, SPLIT=splits > 1, PRECISION="ieee",
-        WIDEN=not q.is_cuda, num_warps=queries // 16, num_stages=3,
+        WIDEN=not q.is_cuda, num_warps=warps, num_stages=3,
     )  # fmt: skip
     return keys
 
