@@ -192,10 +192,15 @@ def test_visible_chunks_may_be_a_small_part_of_the_landmarks(length):
 
 @pytest.mark.parametrize("length", [1, 18])
 def test_of_equal_scores_the_nearest_chunks(length):
-    case = Case(length=length, num_chunks=150, topk=5)
-    inputs = [torch.ones(2, n, 1, 16, device=DEVICE) for n in (length, 150)]
-    inputs[1] *= torch.tensor([1.0, -1.0], device=DEVICE).repeat(8)  # zeros of either sign
-    assert_equal_selection(case, inputs)
+    case = Case(length=length, num_chunks=300, topk=5)
+    q, landmarks = torch.ones(2, length, 1, 16, device=DEVICE), torch.zeros(2, 300, 1, 16, device=DEVICE)
+    landmarks[:, ::2] = -0.0  # equals 0.0
+    assert_equal_selection(case, (q, landmarks))
+    # Better ones far away take the place of the farthest of the equal ones.
+    landmarks[:, 250], landmarks[:, 40], landmarks[:, 3] = -1.0, 1.0, 2.0
+    end = torch.full((1, length), 300, device=DEVICE)
+    _, indices = select(case, (q, landmarks), visible=(end * 0, end))
+    assert (indices == torch.tensor([299, 298, 297, 40, 3], device=DEVICE)).all()
 
 
 @all_dtypes

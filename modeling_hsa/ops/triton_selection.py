@@ -147,7 +147,6 @@ def _select_block_kernel(
     first = tl.maximum(first, 0).to(tl.int32)
     end = tl.minimum(tl.maximum(end, 0), num_chunks).to(tl.int32)
     low, high = _split_range(first, end, split, splits, BN)
-    first = tl.maximum(first, low)
     # All queries see the chunks in [all_first, all_end).
     all_first, all_end = tl.max(first, 0), tl.min(end, 0)
 
