@@ -1,4 +1,5 @@
 """What all tests share: seeds, the skipping of GPU tests, Hypothesis settings, model variants and ways to read."""
+# ruff: noqa: E402
 
 import copy
 import os
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 
+# Without a GPU the kernels run in Triton's interpreter, which it asks for when it is imported: Transformers does that.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels then run on the CPU; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import HealthCheck, register_random, settings
 from torch.utils._pytree import tree_leaves
