@@ -274,12 +274,18 @@ def test_gpu_errors(monkeypatch, kind, size, heads, dim):
 
 @pytest.mark.gpu
 @torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("kind", PADDED)
-def test_gpu_model_with_padded_rows(kind):
-    model = make_model(num_attention_heads=4, head_dim=64).to("cuda", torch.bfloat16)
+def test_gpu_model_with_padded_rows(monkeypatch, kind, use_cache):
     exact, rows = make_model(num_attention_heads=4, head_dim=64), Rows(*PADDED[kind])
-    logits = model(rows.ids.cuda(), attention_mask=rows.attention_mask.cuda()).logits.cpu()
-    assert rows.error(exact, logits) <= 0.1
+    model = make_model(num_attention_heads=4, head_dim=64).to("cuda", torch.bfloat16)
+    ids, mask = rows.ids.cuda(), rows.attention_mask.cuda()
+
+    def error():
+        sizes = [20, 13] if use_cache else [33]
+        return rows.error(exact, read(model, ids, sizes, None, mask)[0].cpu())
+
+    assert error() <= 2 * blocked(monkeypatch, error)
 
 
 @pytest.mark.gpu
@@ -296,7 +302,7 @@ def test_gpu_compiled_without_graph_breaks():
     (expected_grad,) = torch.autograd.grad(expected.float().sum(), query)
     actual = torch.compile(attend, fullgraph=True)(query)
     (actual_grad,) = torch.autograd.grad(actual.float().sum(), query)
-    assert torch.equal(actual, expected)
+    assert relative_error(actual, expected) <= 1e-2
     assert relative_error(actual_grad, expected_grad) <= 1e-2
 
 
