@@ -114,13 +114,15 @@ def measure_step(model, step_model, input_ids, limits) -> dict:
     first = clock_ms(step)
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
+    clock_ms(step)
+    peak = torch.cuda.max_memory_allocated() / MIB if on_gpu() else None  # weights, activations and gradients
     ms = median_ms(step)
     flop = 3 * forward_flop(model, *input_ids.shape) / ms * 1e3
     return {
         "first_call_s": first / 1e3,
         "ms": ms,
         "tokens_per_s": input_ids.numel() / ms * 1e3,
-        "peak_mib": torch.cuda.max_memory_allocated() / MIB if on_gpu() else None,
+        "peak_mib": peak,
         "mfu": flop / limits["matmul_flop_per_s"],
         "mfu_of_h100_peak": flop / H100_PEAK_FLOP_PER_S,
     }
