@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import time
@@ -20,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import transformers
+from measuring import hardware
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_hsa import HSAConfig
@@ -176,18 +175,6 @@ def print_row(row: dict) -> None:
         f"{memory[0]:>9} {memory[1]:>10} {memory[2]:>11}",
         flush=True,
     )
-
-
-def hardware() -> dict[str, str | int]:
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": cpu.group(1) if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def plot(results: dict, file: Path) -> None:

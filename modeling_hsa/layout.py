@@ -6,6 +6,7 @@ token, so that a padded row equals the same row alone. A position id that does n
 (packed rows, as `DataCollatorWithFlattening` makes them); neither window nor retrieval crosses into an earlier one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,10 @@ class TokenLayout(NamedTuple):
     chunk_end: torch.Tensor | None
     # [B] Chunks of earlier calls.
     num_chunks: torch.Tensor | None
+    # Whether the tokens of a row are all of one document; False also where finding out would wait for the device.
+    one_document: bool
+    # What layers compute from the layout and share, such as masks, by a key of their own.
+    shared: dict
 
     @property
     def counts(self) -> torch.Tensor | None:
@@ -55,7 +60,14 @@ class TokenLayout(NamedTuple):
 
     def to(self, device) -> "TokenLayout":
         """The layout on another device, for models spread over several."""
-        return TokenLayout(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+        moved = TokenLayout(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+        return moved._replace(shared={})
+
+    def share(self, key: tuple, make: Callable):
+        """`make()`, made once for all layers that ask for `key`."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def visible(self, chunk_size: int, stride: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """`(first, end)` [n, L] of the visible chunks; with a stride, of those its first token sees."""
@@ -125,13 +137,15 @@ def build_layout(
             or (cache is not None or attention_mask is not None)
             and _equal(position_ids, expected)
         ):
-            return TokenLayout(expected, expected, torch.zeros_like(expected), None, None, past, None, None)
+            return TokenLayout(expected, expected, torch.zeros_like(expected), None, None, past, None, None, True, {})
 
     if cache is None:
         state = RowState(*(torch.full((batch,), value, device=device) for value in (-1, 0, -1)))
     else:
         state = cache.row_state(batch, device)
-    layout = _general_layout(batch, length, device, chunk_size, real, position_ids, state)
+    # With a mask or a cache the call waits for the device anyway. Packed training, which has neither, does not.
+    look = attention_mask is not None or cache is not None
+    layout = _general_layout(batch, length, device, chunk_size, real, position_ids, state, look)
     if real is not None and not right_aligned and (cache is not None or not contiguous):
         order = real.int().argsort(dim=1, stable=True)
         layout = layout._replace(order=order, real=real.gather(1, order), chunk_end=layout.chunk_end.gather(1, order))
@@ -156,8 +170,11 @@ def _new_columns(attention_mask, batch: int, columns: int, length: int):
     return attention_mask[:, columns:] != 0
 
 
-def _general_layout(batch, length, device, chunk_size, real, position_ids, state: RowState) -> TokenLayout:
-    """The layout by counting, for rows that are padded, packed or continued at different lengths."""
+def _general_layout(batch, length, device, chunk_size, real, position_ids, state: RowState, look) -> TokenLayout:
+    """
+    The layout by counting, for rows that are padded, packed or continued at different lengths. `look`: whether to find
+    out from given position ids if documents start inside a row.
+    """
     is_padded = real is not None
     if not is_padded:
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -174,6 +191,7 @@ def _general_layout(batch, length, device, chunk_size, real, position_ids, state
         starts = real & (position_ids <= before(last_id, state.position_id))
 
     tokens = real.cumsum(1) - 1
+    one_document = position_ids is None or length == 1 or (look and not bool((starts & (tokens > 0)).any()))
     tokens_at_start = torch.where(starts, tokens, -1).cummax(1).values
     position = torch.where(tokens_at_start >= 0, tokens - tokens_at_start, state.position[:, None] + 1 + tokens)
 
@@ -187,7 +205,7 @@ def _general_layout(batch, length, device, chunk_size, real, position_ids, state
     if position_ids is None:
         position_ids = (state.position_id[:, None] + 1 + tokens).masked_fill(~real, 0)
     real = real if is_padded else None
-    return TokenLayout(position_ids, position, first_chunk, None, real, None, chunk_end, num_chunks)
+    return TokenLayout(position_ids, position, first_chunk, None, real, None, chunk_end, num_chunks, one_document, {})
 
 
 def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int, has_history: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Small models and comparisons shared by the tests."""
+"""Small models, comparisons and a plain flash attention, shared by the tests."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,3 +65,34 @@ class InsideOperators(TorchDispatchMode):
                 super(InsideOperators, self).__exit__(None, None, None)
 
         return run
+
+
+def attend(q, k, v, scale, causal, window):
+    """
+    q [n, Hq, D], k, v [m, Hkv, D] -> [n, Hq, D]. Causality is aligned at the bottom right: the last query is at the
+    last key. `window` is (left, right), how many tokens are seen on each side; -1: all. A query that sees nothing
+    gives 0.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    ahead = torch.arange(k.shape[0]) - torch.arange(k.shape[0] - q.shape[0], k.shape[0])[:, None]
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    left, right = window
+    if causal:
+        right = 0
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    scores = torch.einsum("nhd,mhd->hnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    probs = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hnm,mhd->nhd", probs, v)
+
+
+def attend_sequences(q, k, v, bounds_q, bounds_k, max_q, max_k, scale, causal, window) -> torch.Tensor:
+    """q [total, Hq, D], k, v [total, Hkv, D]: sequences one after the other, cut at the cumulative lengths."""
+    assert bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
+    assert int(bounds_q[-1]) == len(q) and int(bounds_k[-1]) == len(k) == len(v)
+    lengths_q, lengths_k = bounds_q.diff().tolist(), bounds_k.diff().tolist()
+    assert max(lengths_q) <= int(max_q) and max(lengths_k) <= int(max_k)
+    sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    return torch.cat([attend(*sequence, scale, causal, window) for sequence in sequences])

@@ -317,3 +317,34 @@ def test_generation_shows_the_retrieved_passages(trained, tmp_path):
     weights = [float(line.split()[0]) for line in of_answer.splitlines()[2:]]
     assert weights == sorted(weights, reverse=True)
     assert 0 < sum(weights) <= 1.01
+
+
+# -- the GPU benchmarks, at the size of a toy on the CPU --
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kernels", "models"])
+def test_gpu_benchmarks(tmp_path, name):
+    run_example(f"benchmark_{name}.py", tmp_path, "--toy", device="cpu", output=tmp_path / "results")
+    results = json.loads((tmp_path / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    parts = {"kernels": {"kernels", "selection", "window"}, "models": {"models", "prefill", "decode", "static"}}
+    assert results.keys() == parts[name]
+    for part, result in results.items():
+        assert {"cpu", "torch", "transformers"} <= result["hardware"].keys()
+        assert result["rows"]
+        assert part == "static" or not any("error" in row for row in result["rows"]), result["rows"]
+
+
+def test_chunks_of_the_kernel_benchmark(monkeypatch):
+    """Distinct visible chunks, nearest first; of the second kind, most of a query's are also its predecessor's."""
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    kernels = importlib.import_module("benchmark_kernels")
+    for pattern, agreement in (("random", (0.0, 0.3)), ("shared", (0.85, 0.95))):
+        chunks = kernels.make_indices(pattern, 1, 4096, 2, 8)[0].transpose(0, 1)
+        visible = torch.arange(4096) // kernels.CHUNK_SIZE
+        assert chunks.shape == (2, 4096, 8) and (chunks < visible[:, None]).all()
+        assert ((chunks >= 0).sum(-1) == visible.clamp(max=8)).all()
+        assert ((chunks.diff(dim=-1) < 0) | (chunks[..., 1:] < 0)).all()
+        late = chunks[:, 3000:]
+        same = (late[:, 1:, :, None] == late[:, :-1, None]).any(-1).float().mean()
+        assert agreement[0] <= same <= agreement[1]

@@ -13,32 +13,11 @@ from transformers import modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
 from modeling_hsa import HSACache, HSAForCausalLM
-from tests.helpers import relative_error, tiny_model
+from tests.helpers import attend, attend_sequences, relative_error, tiny_model
 
 
 LENGTH = 90
 TOLERANCE = 1e-5
-
-
-def attend(q, k, v, scale, causal, window):
-    """
-    q [n, Hq, D], k, v [m, Hkv, D] -> [n, Hq, D]. Causality is aligned at the bottom right: the last query is at the
-    last key. `window` is (left, right), how many tokens are seen on each side; -1: all. A query that sees nothing
-    gives 0.
-    """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    ahead = torch.arange(k.shape[0]) - torch.arange(k.shape[0] - q.shape[0], k.shape[0])[:, None]
-    seen = torch.ones_like(ahead, dtype=torch.bool)
-    left, right = window
-    if causal:
-        right = 0
-    if left >= 0:
-        seen &= ahead >= -left
-    if right >= 0:
-        seen &= ahead <= right
-    scores = torch.einsum("nhd,mhd->hnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    probs = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("hnm,mhd->nhd", probs, v)
 
 
 def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False):
@@ -50,13 +29,8 @@ def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False,
     window_size=(-1, -1), deterministic=False,
 ):  # fmt: skip
-    """q [total, Hq, D], k, v [total, Hkv, D]: sequences one after the other, cut at the cumulative lengths."""
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and len(cu_seqlens_q) == len(cu_seqlens_k)
-    assert int(cu_seqlens_q[-1]) == len(q) and int(cu_seqlens_k[-1]) == len(k) == len(v)
-    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    assert max(lengths_q) <= int(max_seqlen_q) and max(lengths_k) <= int(max_seqlen_k)
-    sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
-    return torch.cat([attend(*sequence, softmax_scale, causal, window_size) for sequence in sequences])
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return attend_sequences(q, k, v, *lengths, softmax_scale, causal, window_size)
 
 
 @pytest.fixture(autouse=True)

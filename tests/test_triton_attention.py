@@ -232,15 +232,16 @@ LARGE = [
     Case(length=300, heads=32, kv_heads=1, chunk_size=64, head_dim=64, shared=0.9),
     Case(length=300, heads=128, kv_heads=1, chunk_size=64, head_dim=64),
     Case(length=300, heads=8, kv_heads=2, retrieval_heads=8, chunk_size=64, head_dim=64),
+    Case(length=300, chunk_size=64, head_dim=64, dtype=torch.float16),
 ]
 
 
 @pytest.mark.gpu
 @weights_and_joint
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_agrees_with_the_oracle_at_real_sizes(case, dtype, kind):
-    assert_as_good_as_pytorch(case._replace(dtype=dtype), kind)
+    assert_as_good_as_pytorch(case if case.dtype == torch.float16 else case._replace(dtype=dtype), kind)
 
 
 @pytest.mark.gpu

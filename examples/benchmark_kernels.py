@@ -1,0 +1,384 @@
+"""
+Time and memory of the operations of HSA and of the sliding window, each against its peers, on a GPU.
+
+    python examples/benchmark_kernels.py --output benchmarks/results/gpu --parts kernels selection window
+
+`kernels`: chunk attention, forward and backward, on retrieved chunks that differ from query to query ("random") or
+mostly agree ("shared", as those of trained models do). `selection`: the top chunks of many queries, and of one over a
+long memory. `window`: the ways to compute the sliding window. Prints every row and writes kernels.json, with hardware
+and versions, and plots. `--device cpu --toy` runs the same on tiny shapes.
+
+A row also holds its floors: the time to read every input and write every output once at the bandwidth of a copy
+(`bytes_floor_ms`), and the time of its arithmetic at the speed of a matmul of 8192^3 (`flop_floor_ms`), both measured
+on the same device; and the ratio of the time to the larger one.
+"""
+
+import os
+import random
+import tempfile
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from measuring import (
+    attempt,
+    clock_ms,
+    device,
+    draw,
+    extra_memory,
+    forward_backward,
+    median_ms,
+    on_gpu,
+    parse,
+    randn,
+    run,
+    tensor_bytes,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+from modeling_hsa.layout import build_layout
+from modeling_hsa.ops import chunk_attention, select_chunks
+from modeling_hsa.window import window_attention
+
+
+CHUNK_SIZE = 64
+# Batch, length, query heads, key/value heads, head dim, chunks per query.
+SHAPES = [
+    (8, 4096, 16, 1, 64, 8),
+    (2, 16384, 16, 1, 64, 8),
+    (1, 65536, 16, 1, 64, 8),
+    (4, 4096, 32, 2, 128, 16),
+    (1, 65536, 32, 2, 128, 16),
+]
+TOY_SHAPES = [(2, 512, 4, 1, 16, 4), (1, 1024, 4, 2, 16, 4)]
+# Forward and backward in ms on random chunks, of other implementations where they are not installed: recorded on
+# 2026-11-23 on one H100 80GB with torch 2.11, triton 3.6, in bf16. "reference" is the kernel of the paper's authors.
+RECORDED = {
+    (8, 4096, 16, 1, 64, 8): {"reference": (0.710, 3.67), "fla nsa": (0.699, 3.53), "sdpa": (0.650, 1.91)},
+    (2, 16384, 16, 1, 64, 8): {"reference": (0.715, 5.25), "fla nsa": (0.705, 3.66), "sdpa": (2.50, 6.35)},
+    (1, 65536, 16, 1, 64, 8): {"reference": (1.40, 15.3), "fla nsa": (1.53, 5.45), "sdpa": (18.8, 49.8)},
+    (4, 4096, 32, 2, 128, 16): {"reference": (2.22, 10.3), "fla nsa": (2.80, 13.9), "sdpa": (1.01, 3.08)},
+    (1, 65536, 32, 2, 128, 16): {"reference": (9.29, 79.7), "fla nsa": (11.5, 32.4), "sdpa": (56.0, 160.8)},
+}
+# Name, queries, landmarks, dim, whether causal.
+SELECTIONS = [
+    ("8192 queries", 8192, 1024, 64, False),
+    ("8192 queries", 8192, 1024, 256, False),
+    ("causal", 65536, 1024, 64, True),
+    ("causal", 65536, 1024, 256, True),
+    ("decode", 1, 524288, 64, False),
+]
+TOY_SELECTIONS = [("queries", 64, 32, 16, False), ("causal", 640, 10, 16, True), ("decode", 1, 512, 16, False)]
+
+
+# -- indices --
+
+
+def random_chunks(length: int, topk: int, generator: np.random.Generator) -> np.ndarray:
+    """[L, K]: for every query distinct visible chunks, uniformly, nearest first; -1: none. (Floyd's sampling.)"""
+    visible = np.arange(length)[:, None] // CHUNK_SIZE
+    chosen = np.full((length, topk), -1)
+    for i in range(topk):
+        last = visible - topk + i  # the last of the chunks to sample from in this step
+        drawn = (generator.random((length, 1)) * (last + 1)).astype(np.int64)
+        taken = (chosen == drawn).any(1, keepdims=True)
+        chosen[:, i : i + 1] = np.where(last < 0, -1, np.where(taken, last, drawn))
+    everything = visible - 1 - np.arange(topk)  # of queries that see no more than K
+    return np.where(visible <= topk, np.maximum(everything, -1), -np.sort(-chosen, axis=1))
+
+
+def shared_chunks(length: int, topk: int, generator: np.random.Generator, change: float = 0.1) -> np.ndarray:
+    """As `random_chunks`, but each chunk of a query is one of the query before, but for a probability of `change`."""
+    draw, rows, chosen = random.Random(int(generator.integers(1 << 30))), [], []
+    for t in range(length):
+        visible = t // CHUNK_SIZE
+        if visible <= topk:
+            chosen = list(range(visible))
+        else:
+            for slot in range(topk):
+                if draw.random() < change:
+                    new = draw.randrange(visible)
+                    while new in chosen:
+                        new = draw.randrange(visible)
+                    chosen[slot] = new
+        rows.append(sorted(chosen, reverse=True) + [-1] * (topk - len(chosen)))
+    return np.array(rows)
+
+
+PATTERNS = {"random": random_chunks, "shared": shared_chunks}
+
+
+def make_indices(pattern: str, batch: int, length: int, heads: int, topk: int) -> torch.Tensor:
+    """int32 [B, L, H, K]."""
+    generator = np.random.default_rng(0)
+    rows = [PATTERNS[pattern](length, topk, generator) for _ in range(batch * heads)]
+    stacked = np.stack(rows).reshape(batch, heads, length, topk).swapaxes(1, 2)
+    return torch.tensor(np.ascontiguousarray(stacked), dtype=torch.int32, device=device())
+
+
+# -- chunk attention --
+
+
+def causal_sdpa(q, k, v, weights, indices):
+    """Causal attention to all tokens, by flash attention where there is one."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    backends = [SDPBackend.FLASH_ATTENTION] if on_gpu() else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel(backends):
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return output.transpose(1, 2)
+
+
+def fla_nsa(q, k, v, weights, indices):
+    """The branch of Native Sparse Attention that attends to selected blocks: one softmax over all, no weights."""
+    from fla.ops.nsa import parallel_nsa
+
+    gate = q.new_ones(q.shape[:3])
+    return parallel_nsa(
+        q, k, v, g_slc=gate, block_indices=indices, block_counts=indices.shape[-1], block_size=CHUNK_SIZE
+    )
+
+
+def _hsa(implementation: str):
+    return lambda q, k, v, weights, indices: chunk_attention(
+        q, k, v, weights, indices, chunk_size=CHUNK_SIZE, implementation=implementation
+    )
+
+
+IMPLEMENTATIONS = {"triton": _hsa("triton"), "torch": _hsa("torch"), "sdpa": causal_sdpa, "fla nsa": fla_nsa}
+
+
+def first_call_ms(function, inputs: list[torch.Tensor]) -> float:
+    """What the first forward and backward take longer than the second: the time of compiling."""
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+
+    def step():
+        output = function(*inputs)
+        output.backward(torch.ones_like(output))
+
+    return clock_ms(step) - clock_ms(step)
+
+
+def measure_attention(name: str, inputs: list[torch.Tensor]) -> dict:
+    function = IMPLEMENTATIONS[name]
+    row = {"compile_ms": first_call_ms(function, inputs)} | forward_backward(function, inputs)
+    if row["both_extra_mib"] is not None:
+        for what in ("forward", "both"):
+            row[f"{what}_extra_of_inputs"] = row[f"{what}_extra_mib"] * 2**20 / tensor_bytes(inputs)
+    return row
+
+
+def with_floors(row: dict, inputs: list[torch.Tensor], limits: dict) -> dict:
+    """
+    Adds the floors. FLOPs of the forward: 4 S D per query head and present chunk. The backward takes five matmuls of
+    this size where the forward takes two, and reads the inputs, the output and its gradient, and writes those of q, k,
+    v and the weights.
+    """
+    q, k, v, weights, indices = inputs
+    flop = 4 * q.shape[3] * (indices >= 0).sum().item() * CHUNK_SIZE * q.shape[2] // indices.shape[2]
+    moved = tensor_bytes([*inputs, q])
+    gradients = tensor_bytes([q, k, v, weights])
+    work = {"forward": (flop, moved), "backward": (2.5 * flop, moved + tensor_bytes([q]) + gradients)}
+    for what, (flop, moved) in work.items():
+        floors = {"bytes": moved / limits["copy_bytes_per_s"] * 1e3, "flop": flop / limits["matmul_flop_per_s"] * 1e3}
+        row |= {f"{what}_{kind}_floor_ms": floor for kind, floor in floors.items()}
+        if f"{what}_ms" in row:
+            row[f"{what}_times_floor"] = row[f"{what}_ms"] / max(floors.values())
+    return row
+
+
+def with_recorded(row: dict, shape: tuple) -> dict:
+    """How many times faster than the recorded times of the others, for the same pattern."""
+    if "backward_ms" in row and (row["implementation"], row["pattern"]) == ("triton", "random"):
+        for peer, times in RECORDED.get(shape, {}).items():
+            for what, recorded in zip(("forward", "backward"), times):
+                row[f"{what}_speedup_over_recorded_{peer.replace(' ', '_')}"] = recorded / row[f"{what}_ms"]
+    return row
+
+
+def measure_kernels(arguments, limits):
+    names = arguments.implementations or (["torch", "sdpa"] if arguments.toy else list(IMPLEMENTATIONS))
+    # An empty cache, so that the first call of a shape compiles what no earlier one has.
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+    for shape in TOY_SHAPES if arguments.toy else SHAPES:
+        batch, length, heads, kv_heads, dim, topk = shape
+        if arguments.lengths and length not in arguments.lengths:
+            continue
+        q, k, v = (randn(batch, length, h, dim) for h in (heads, kv_heads, kv_heads))
+        for pattern in arguments.patterns:
+            indices = make_indices(pattern, batch, length, kv_heads, topk)
+            weights = torch.rand(indices.shape, device=device()) / topk * (indices >= 0)
+            inputs = [q, k, v, weights, indices]
+            for name in names:
+                if name == "sdpa" and pattern != arguments.patterns[0] or name == "torch" and length > 16384:
+                    continue  # takes no indices; takes too long
+                row = dict(zip(("batch", "length", "heads", "kv_heads", "dim", "topk"), shape))
+                row |= {"pattern": pattern, "implementation": name} | attempt(measure_attention, name, inputs)
+                if name in ("triton", "torch"):
+                    row = with_recorded(with_floors(row, inputs, limits), shape)
+                yield row
+
+
+# -- selection --
+
+
+def naive_selection(q, landmarks, visible, topk: int):
+    """All scores at once in fp32, then `torch.topk`."""
+    scores = torch.einsum("blhd,bchd->blhc", q, landmarks).float() * q.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    return scores.topk(topk, dim=-1)
+
+
+def replay_ms(function) -> float | None:
+    """Median milliseconds of replaying the call as a CUDA graph."""
+    if not on_gpu():
+        return None
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return median_ms(graph.replay)
+
+
+def measure_selection(arguments, limits):
+    topk = 8
+    for case, queries, chunks, dim, causal in TOY_SELECTIONS if arguments.toy else SELECTIONS:
+        q = randn(1, queries, 1, dim)
+        landmarks = randn(1, chunks, 1, dim)
+        q_start = 0 if causal else chunks * CHUNK_SIZE
+        visible = None
+        if causal:
+            position = torch.arange(queries, device=device())
+            visible = torch.arange(chunks, device=device()) < (position // CHUNK_SIZE)[:, None]
+            visible = visible[None, :, None]
+
+        def ours(implementation, q=q, landmarks=landmarks, q_start=q_start):
+            return lambda: select_chunks(
+                q, landmarks, topk=topk, chunk_size=CHUNK_SIZE, q_start=q_start, implementation=implementation
+            )
+
+        functions = {name: ours(name) for name in ("triton", "torch") if on_gpu() or name == "torch"}
+        functions["naive"] = lambda q=q, x=landmarks, visible=visible: naive_selection(q, x, visible, topk)
+        floor = tensor_bytes([q, landmarks]) + queries * topk * 8
+        flop = 2 * queries * chunks * dim / (2 if causal else 1)
+        for name, function in functions.items():
+            row = {"case": case, "queries": queries, "chunks": chunks, "dim": dim, "implementation": name}
+            with torch.no_grad():
+                row |= attempt(lambda f: {"ms": median_ms(f), "extra_mib": extra_memory(f)}, function)
+                if queries == 1 and on_gpu():
+                    row |= {f"graph_{k}": v for k, v in attempt(lambda f: {"ms": replay_ms(f)}, function).items()}
+            row["bytes_floor_ms"] = floor / limits["copy_bytes_per_s"] * 1e3
+            row["flop_floor_ms"] = flop / limits["matmul_flop_per_s"] * 1e3
+            yield row
+
+
+# -- the sliding window --
+
+
+def _window(implementation: str, flash: bool, layout, window: int, heads: int, kv_heads: int, dim: int):
+    """`window_attention` as a layer calls it, with or without the flash attention of PyTorch."""
+    config = SimpleNamespace(_attn_implementation=implementation)
+    groups = heads // kv_heads
+    module = SimpleNamespace(config=config, is_causal=True, num_key_value_groups=groups, training=False, layer_idx=0)
+    attention = ALL_ATTENTION_FUNCTIONS[implementation]
+
+    def function(q, k, v):
+        backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] + [SDPBackend.FLASH_ATTENTION] * flash
+        with sdpa_kernel(backends):
+            output, _ = window_attention(attention, module, q, k, v, layout, window, dropout=0.0, scaling=dim**-0.5)
+        return output
+
+    return function
+
+
+def _flex(window: int, queries: int, keys: int):
+    """Compiled FlexAttention; the block mask, which layers would share, is not timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # of a function that is compiled for many shapes, PyTorch leaves the last ones uncompiled
+    past = keys - queries
+    mask = create_block_mask(
+        lambda b, h, q, k: (q + past >= k) & (q + past - k < window), None, None, queries, keys,
+        device=device(),
+    )  # fmt: skip
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def window_implementations(queries: int, past: int, shape: tuple) -> dict:
+    """By name what makes the function of q, k and v [1, H, tokens, D], `past` keys being of earlier calls."""
+    layout = build_layout(1, queries, torch.device(device()), CHUNK_SIZE, None, None)
+    position = torch.arange(past, past + queries, device=device())[None]
+    layout = layout._replace(position=position, past=past, shared={})
+    # As rows of different lengths have it: one token of rows of the same length needs no mask.
+    masked = layout._replace(past=None, shared={}) if queries == 1 else layout
+    functions = {
+        "sdpa, blocks": lambda: _window("sdpa", False, masked, *shape),
+        "sdpa": lambda: _window("sdpa", True, layout, *shape),
+    }
+    if on_gpu():
+        functions["flex"] = lambda: _flex(shape[0], queries, past + queries)
+        if is_flash_attn_2_available():
+            functions["flash_attention_2"] = lambda: _window("flash_attention_2", True, layout, *shape)
+    return functions
+
+
+def measure_window(arguments, limits):
+    window, heads, kv_heads, dim = (32, 4, 2, 16) if arguments.toy else (512, 16, 4, 64)
+    lengths = arguments.lengths or ([256] if arguments.toy else [4096, 16384, 65536])
+    segment = 128 if arguments.toy else 4096
+    # Name, queries, cached keys.
+    cases = [("whole", length, 0) for length in lengths]
+    cases += [("segment", segment, window - 1), ("decode", 1, window - 1)]
+    for case, queries, past in cases:
+        q, k, v = (
+            randn(1, n, h, dim).transpose(1, 2)
+            for n, h in ((queries, heads), (past + queries, kv_heads), (past + queries, kv_heads))
+        )
+        functions = window_implementations(queries, past, (window, heads, kv_heads, dim))
+        for name, make in functions.items():
+            row = {"case": case, "queries": queries, "keys": past + queries, "implementation": name}
+            yield row | attempt(measure_window_call, make, [q, k, v], case == "whole")
+
+
+def measure_window_call(make, inputs, with_backward: bool) -> dict:
+    function = make()
+    if with_backward:
+        return forward_backward(function, inputs)
+    with torch.no_grad():
+        return {"forward_ms": median_ms(lambda: function(*inputs))}
+
+
+PARTS = {"kernels": measure_kernels, "selection": measure_selection, "window": measure_window}
+
+
+def plot(results: dict, folder) -> None:
+    for part, name in (("kernels", "kernels.png"), ("window", "window.png")):
+        rows = [row for row in results.get(part, {}).get("rows", []) if "both_ms" in row]
+        panels = []
+        for field in ("forward_ms", "backward_ms"):
+            lines = {}
+            for row in rows:
+                if part == "kernels" and (row["heads"], row["dim"]) != (rows[0]["heads"], rows[0]["dim"]):
+                    continue
+                label = " ".join([row["implementation"], row.get("pattern", "")])
+                x, y = lines.setdefault(label, ([], []))
+                x.append(row["length" if part == "kernels" else "queries"])
+                y.append(row[field])
+            panels.append((field.replace("_", ", "), "tokens", [(label, x, y) for label, (x, y) in lines.items()]))
+        draw(panels, folder / name)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="of `kernels`")
+    parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of `kernels`")
+
+
+if __name__ == "__main__":
+    run("kernels", PARTS, parse(__doc__, PARTS, add_arguments), plot)
