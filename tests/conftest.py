@@ -87,6 +87,14 @@ def _seed():
     set_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _free_gpu_memory(request):
+    """Tests that run beside each other share one GPU: none keeps what it no longer uses."""
+    yield
+    if "gpu" in request.keywords and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def model() -> HSAForCausalLM:
     """The tiny model with default switches. Shared: do not change it."""

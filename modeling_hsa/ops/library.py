@@ -125,8 +125,9 @@ def _save_attention(ctx, inputs, output):
 
 
 def _attention_gradients(ctx, d_out, _):
-    d_q, d_k, d_v, d_weights = chunk_attention_backward(d_out, *ctx.saved_tensors, *ctx.arguments)
-    return d_q, d_k, d_v, None if ctx.saved_tensors[3] is None else d_weights, *[None] * 4
+    saved = ctx.saved_tensors  # checkpointing lets them be read once
+    d_q, d_k, d_v, d_weights = chunk_attention_backward(d_out, *saved, *ctx.arguments)
+    return d_q, d_k, d_v, None if saved[3] is None else d_weights, *[None] * 4
 
 
 select_chunks.register_autograd(_selection_gradients, setup_context=_save_selection)
