@@ -18,6 +18,7 @@ from .modeling_hsa import (
     HSAModel,
     HSAPreTrainedModel,
 )
+from .static_cache import HSAStaticCache
 
 
 AutoConfig.register(HSAConfig.model_type, HSAConfig, exist_ok=True)
@@ -32,4 +33,5 @@ __all__ = [
     "HSAForTokenClassification",
     "HSAModel",
     "HSAPreTrainedModel",
+    "HSAStaticCache",
 ]

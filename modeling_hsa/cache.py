@@ -11,6 +11,8 @@ from .layout import RowState, TokenLayout
 
 def _writable(buffer: torch.Tensor) -> torch.Tensor:
     """A tensor made under `torch.inference_mode` cannot be written outside it; a copy of it can."""
+    if torch.compiler.is_compiling():
+        return buffer
     return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer
 
 
@@ -201,6 +203,7 @@ class ChunkStore:
                 buffer[:, num_chunks : num_chunks + n] = x
             else:
                 slots = num_chunks.to(x.device)[:, None] + torch.arange(n, device=x.device)
+                slots = slots.clamp(max=buffer.shape[1] - 1)  # a `StaticChunkStore` does not grow
                 buffer[torch.arange(x.shape[0], device=x.device)[:, None], slots] = x
 
     def _grow(self, like: list[torch.Tensor], chunks: int) -> None:
@@ -283,6 +286,9 @@ class HSACache(Cache):
 
     # -- used by the model ------------------------------------------------------------------------------------------
 
+    def begin(self, length: int, attention_mask, position_ids) -> TokenLayout | None:
+        """Starts a call. An [`HSAStaticCache`] returns the layout of its steps."""
+
     def row_state(self, batch: int, device: torch.device) -> RowState:
         """What each row has seen before this call."""
         if self.past is None:
@@ -293,6 +299,14 @@ class HSACache(Cache):
     def update(self, key_states, value_states, layer_idx: int, layout: TokenLayout):
         """Window keys and values of a layer; see [`HSAWindowLayer.update`]."""
         return self.layers[layer_idx].update(key_states, value_states, layout.counts)
+
+    def append_hidden(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """Hidden states [B, L, hidden] for the chunk encoder. Returns them after those of earlier calls."""
+        return self.hidden.append(hidden_states, layout.counts)
+
+    def append_query(self, query: torch.Tensor, layer_idx: int, layout: TokenLayout) -> torch.Tensor:
+        """Retrieval queries [B, L, dim] of a layer with a stride. Returns them after those of earlier calls."""
+        return self.queries[layer_idx].append(query, layout.counts)
 
     def update_memory(self, landmarks, keys, values, layout: TokenLayout):
         """

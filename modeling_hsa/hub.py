@@ -15,6 +15,7 @@ _FILES = {
     "modeling_hsa/modeling_hsa.py": "modeling_hsa.py",
     "modeling_hsa/layers.py": "hsa_layers.py",
     "modeling_hsa/cache.py": "hsa_cache.py",
+    "modeling_hsa/static_cache.py": "hsa_static_cache.py",
     "modeling_hsa/layout.py": "hsa_layout.py",
     "modeling_hsa/window.py": "hsa_window.py",
     "modeling_hsa/hub.py": "hsa_hub.py",

@@ -248,8 +248,8 @@ class HSAChunkEncoder(nn.Module):
         """hidden_states [B, L, hidden] -> the chunk memory of everything up to here; no position across chunks."""
         hidden_states = layout.align(hidden_states)
         if past_key_values is not None:
-            hidden_states = past_key_values.hidden.append(hidden_states, layout.counts)
-        has_history = past_key_values is not None
+            hidden_states = past_key_values.append_hidden(hidden_states, layout)
+        has_history = past_key_values is not None and past_key_values.num_columns > 0
         chunks = cut_chunks(hidden_states, layout, self.chunk_size, has_history)  # [B, n, S, hidden]
         batch, num_chunks = chunks.shape[:2]
 
@@ -317,7 +317,7 @@ class HSARetrieval(nn.Module):
         batch, length, dim = query.shape
         stream = layout.align(query)
         if past_key_values is not None:
-            stream = past_key_values.queries[self.layer_idx].append(stream, layout.counts)
+            stream = past_key_values.append_query(stream, self.layer_idx, layout)
         offset = layout.align((layout.position % self.stride).expand(batch, -1)[..., None])
         slot = torch.arange(stream.shape[1] - length, stream.shape[1], device=query.device)[:, None]
         first = (slot - offset).clamp(min=0)

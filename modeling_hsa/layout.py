@@ -47,6 +47,8 @@ class TokenLayout(NamedTuple):
     one_document: bool
     # What layers compute from the layout and share, such as masks, by a key of their own.
     shared: dict
+    # One token per row, read into an `HSAStaticCache` as a step of fixed shapes.
+    is_step: bool = False
 
     @property
     def counts(self) -> torch.Tensor | None:
@@ -110,8 +112,6 @@ def build_layout(
     Raises:
         ValueError: for a mask or position ids whose shape does not fit.
     """
-    columns = cache.get_seq_length() if cache is not None else 0
-    real = _new_columns(attention_mask, batch, columns, length)
     if position_ids is not None and not isinstance(position_ids, torch.Tensor):
         raise TypeError(f"`position_ids` must be a tensor [batch, tokens], got {type(position_ids).__name__}.")
     if position_ids is not None and (position_ids.is_floating_point() or position_ids.dtype == torch.bool):
@@ -121,9 +121,14 @@ def build_layout(
     ):
         raise ValueError(f"`position_ids` must have the shape [{batch}, {length}], got {list(position_ids.shape)}.")
 
+    layout = None if cache is None else cache.begin(length, attention_mask, position_ids)
+    if layout is not None:
+        return layout
+    columns = cache.get_seq_length() if cache is not None else 0
+    real = _new_columns(attention_mask, batch, columns, length)
     past = cache.past if cache is not None else 0
-    right_aligned = contiguous = True
-    if real is not None:
+    right_aligned = contiguous = real is None
+    if real is not None and not torch.compiler.is_compiling():  # compiled, rows count as padded in any way
         # The one place that looks at the values of the mask; on an accelerator this waits for them.
         starts = torch.nn.functional.pad(real.int(), (1, 0)).diff(dim=1) > 0
         blocks = starts.sum(1)
@@ -144,7 +149,7 @@ def build_layout(
     else:
         state = cache.row_state(batch, device)
     # With a mask or a cache the call waits for the device anyway. Packed training, which has neither, does not.
-    look = attention_mask is not None or cache is not None
+    look = (attention_mask is not None or cache is not None) and not torch.compiler.is_compiling()
     layout = _general_layout(batch, length, device, chunk_size, real, position_ids, state, look)
     if real is not None and not right_aligned and (cache is not None or not contiguous):
         order = real.int().argsort(dim=1, stable=True)
@@ -153,7 +158,7 @@ def build_layout(
 
 
 def _equal(position_ids: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((position_ids == expected).all())
+    return not torch.compiler.is_compiling() and bool((position_ids == expected).all())
 
 
 def _new_columns(attention_mask, batch: int, columns: int, length: int):
@@ -221,6 +226,8 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
     """
     batch, total, dim = hidden_states.shape
     length = layout.position.shape[1]
+    if layout.is_step:  # of the last S tokens, whether they are a chunk or not
+        return hidden_states[:, None]
     if layout.past is not None:
         rest = layout.past % chunk_size
         n = (rest + length) // chunk_size

@@ -49,6 +49,7 @@ from .layers import (
     HSAWindowAttention,
 )
 from .layout import build_layout
+from .static_cache import HSAStaticCache
 
 
 logger = logging.get_logger(__name__)
@@ -94,6 +95,7 @@ class HSAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": HSALayer,
         "attentions": HSAWindowAttention,
@@ -260,7 +262,7 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(
                 f"`past_key_values` holds {past_key_values.batch_size} rows but `{name}` has {given.shape[0]}."
             )
-        if past_key_values is not None:
+        if past_key_values is not None and past_key_values.config is not self.config:
             for field in CACHE_FIELDS:
                 theirs, ours = getattr(past_key_values.config, field), getattr(self.config, field)
                 if theirs != ours:
@@ -336,19 +338,37 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             retrieval=outputs.retrieval,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.use_cache is False or cache is not None:
+            if isinstance(cache, HSAStaticCache) and max_cache_length > cache.max_length:
+                raise ValueError(
+                    f"`past_key_values` has the `max_length` {cache.max_length}, but the prompt and the new tokens "
+                    f"need {max_cache_length}. Make it with a larger `max_length`, or generate fewer tokens."
+                )
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, mode, batch_size, max_cache_length
+            )
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "offloaded"):
+        if kind not in (None, "dynamic", "offloaded", "static"):
             raise ValueError(
                 f"`cache_implementation={kind!r}` does not exist for HSA models, whose cache is an HSACache. Leave it "
-                "out, or use 'offloaded' to keep the chunk memory on the CPU."
+                "out, use 'offloaded' to keep the chunk memory on the CPU, or 'static' to compile decoding."
             )
-        cache = HSACache(self.config, offloading=kind == "offloaded")
+        if kind == "static":
+            # As in Transformers: never shorter than before, so that what was compiled fits again.
+            lengths = (max_cache_length, generation_config.max_cache_len, getattr(self, "_max_cache_length", None))
+            self._max_cache_length = max(length or 1 for length in lengths)
+            cache = HSAStaticCache(self.config, self._max_cache_length)
+        else:
+            cache = HSACache(self.config, offloading=kind == "offloaded")
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+    def create_masks_for_generate(self, attention_mask, is_first_iteration=False, **kwargs):
+        """Of a static cache: after the prompt every token is real, and its steps have no mask, which would grow."""
+        return attention_mask if is_first_iteration else None
 
     # `config.max_position_embeddings` is the length of training and no limit, as Transformers takes it to be: it cuts
     # its default length to it and warns beyond it.

@@ -410,7 +410,7 @@ def test_other_kinds_of_cache_give_the_same(name, kind, num_beams):
     assert torch.equal(sequences, model.generate(ids, **settings))
 
 
-@pytest.mark.parametrize("kind", ["static", "offloaded_static", "quantized"])
+@pytest.mark.parametrize("kind", ["offloaded_static", "quantized"])
 def test_kinds_of_cache_that_do_not_exist_here_are_refused(model, kind):
     with pytest.raises(ValueError, match=f"cache_implementation='{kind}'.*HSACache.*offloaded"):
         model.generate(random_ids(1, 5), cache_implementation=kind, **GREEDY)

@@ -80,8 +80,8 @@ def test_snippets_run_one_after_the_other(main_job, monkeypatch, capsys):
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
         printed.append(capsys.readouterr().out)
-    assert len(SNIPPETS) == 6
-    loading, reading, _, _, retrieval, _ = printed
+    assert len(SNIPPETS) == 7
+    loading, reading, _, _, retrieval, _, _ = printed
     assert loading.startswith("On May 3,")
     assert reading.splitlines()[0].startswith("What is the password of")
     assert re.match(r"[01]\.\d\d  '", retrieval)

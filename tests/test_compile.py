@@ -1,0 +1,78 @@
+"""`torch.compile(model, fullgraph=True)`: one graph, with the loss, gradients and logits of the model as it is."""
+
+import pytest
+import torch
+
+from .conftest import OTHER_ORDER, SAME_ARITHMETIC, Rows, make_variant, random_ids, read
+from .helpers import relative_error
+
+
+# Rows of 100 columns, longer than a block of the window attention and than six chunks.
+LAYOUTS = {
+    "plain": ("x" * 100, "x" * 100),
+    "packed": ("|" + "x" * 40 + "|" + "x" * 20 + "||" + "x" * 36, "|" + "x" * 69 + "|" + "x" * 29),
+    "padded": ("." * 30 + "x" * 70, "x" * 50 + "." * 7 + "x" * 33 + "." * 10),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled():
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def loss_and_gradients(model, forward, ids: torch.Tensor, **inputs):
+    model.zero_grad()
+    loss = forward(ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["default", "stride_3", "joint", "eager_attention"])
+def test_training_needs_one_graph(name, layout):
+    model, rows = make_variant(name).train(), Rows(*LAYOUTS[layout])
+    expected = loss_and_gradients(model, model, rows.ids, **rows.inputs())
+    actual = loss_and_gradients(model, compiled(model), rows.ids, **rows.inputs())
+    for x, y in zip(actual, expected):
+        assert relative_error(x, y) <= SAME_ARITHMETIC
+
+
+@pytest.mark.slow
+def test_training_on_rows_of_any_length_needs_two_graphs(model):
+    """The second one takes rows of any number of tokens that make chunks and fill more than one block."""
+    model = make_variant("default").train()
+    forward = compiled(model)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for length in (200, 176, 190, 163):
+            rows = Rows("|" + "x" * (length - 71) + "|" + "x" * 69)
+            expected = loss_and_gradients(model, model, rows.ids, **rows.inputs())
+            actual = loss_and_gradients(model, forward, rows.ids, **rows.inputs())
+            for x, y in zip(actual, expected):
+                assert relative_error(x, y) <= SAME_ARITHMETIC
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cache_that_compiled_code_made_can_be_continued(model, layout):
+    rows = Rows(*(row * 2 for row in LAYOUTS[layout]))
+    inputs = {name: x[:, :100] for name, x in rows.inputs().items()}
+    outputs = compiled(model)(rows.ids[:, :100], use_cache=True, **inputs)
+    inputs = rows.inputs()
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"][:, 100:]
+    logits, _ = read(model, rows.ids[:, 100:], [40, 1, 1, 58], outputs.past_key_values, **inputs)
+    assert rows.error(model, torch.cat([outputs.logits, logits], dim=1)) <= OTHER_ORDER
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_the_default_backend_of_pytorch_gives_the_same(model):
+    ids = random_ids(2, 100)
+    logits = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
+    assert relative_error(logits, model(ids, use_cache=False).logits) <= OTHER_ORDER
