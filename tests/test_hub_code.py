@@ -143,7 +143,7 @@ def test_every_head_is_saved_with_the_code(auto, tmp_path):
 
 def test_every_file_of_the_package_is_in_the_bundle(folder):
     def without_imports(code: str) -> str:
-        return re.sub(r"^from (\.[\w.]*|configuration_hsa) import ", "import ", code, flags=re.MULTILINE)
+        return re.sub(r"^ *from (\.[\w.]*|configuration_hsa) import ", "import ", code, flags=re.MULTILINE)
 
     bundle = {without_imports(code) for code in bundle_files(folder).values()}
     sources = [
