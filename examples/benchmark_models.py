@@ -5,7 +5,7 @@ Training, prefill and decoding of the default HSA model and of a Llama of the sa
 
 `models`: forward and backward of the loss (no optimizer), `--compile` for `torch.compile`. `prefill`: reading a prompt
 of one row into a cache (HSA: in segments, as `generate` does it). `decode`: one token at a time after it. `static`: as
-`decode`, by `generate(cache_implementation="static")`, which compiles. Prints every row and writes models.json, with
+`decode`, with a static cache and a compiled step, HSA only. Prints every row and writes models.json, with
 hardware and versions, and a plot. `--device cpu --toy` runs the same on tiny models.
 
 Model FLOPs of a training step are three times those of the forward, which are: 2 per token and element of every weight
@@ -15,8 +15,6 @@ done per second, over the measured speed of a matmul (`mfu`) and over the 989e12
 SXM (`mfu_of_h100_peak`).
 """
 
-import statistics
-import time
 from functools import partial
 
 import torch
@@ -33,12 +31,12 @@ from measuring import (
     on_gpu,
     parse,
     run,
-    synchronize,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configuration_hsa import HSAConfig
-from modeling_hsa import HSAForCausalLM
+from modeling_hsa import HSAForCausalLM, HSAStaticCache
+from modeling_hsa.modeling_hsa import PREFILL_CHUNK_SIZE
 
 
 H100_PEAK_FLOP_PER_S = 989e12
@@ -179,29 +177,31 @@ def measure_decode(model, input_ids, steps: int) -> dict:
     return {"ms_per_token": clock_ms(lambda: decode(steps)) / steps}
 
 
-class TokenTimes:
-    """A streamer of `generate` that notes when each token comes."""
+@torch.no_grad()
+def measure_static(arguments, limits):
+    """
+    Decoding as in `measure_decode`, by one compiled step: CUDA graphs of it, and a static cache with room for the
+    longest context, which all contexts share.
+    """
+    lengths, steps = contexts(arguments), 8 if arguments.toy else 128
+    model = build("hsa", arguments).eval()
+    cache = HSAStaticCache(model.config, max(lengths) + 2 * steps)
+    mode = {"mode": "reduce-overhead"} if on_gpu() else {"backend": "aot_eager"}
+    step = torch.compile(model.forward, fullgraph=True, **mode)
+    for length in lengths:
+        cache.reset()
+        input_ids = torch.randint(model.config.vocab_size, (1, length), device=device())
+        for segment in input_ids.split(PREFILL_CHUNK_SIZE, dim=1):
+            model(segment, past_key_values=cache, logits_to_keep=1)
 
-    def __init__(self):
-        self.times: list[float] = []
+        def decode(steps):
+            token = torch.zeros(1, 1, dtype=torch.int64, device=device())
+            for _ in range(steps):
+                token = step(token, past_key_values=cache).logits.argmax(-1)
 
-    def put(self, value) -> None:
-        synchronize()
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def measure_static(model, input_ids, steps: int) -> dict:
-    """Median over the second half of the tokens, the first ones being those that compile."""
-    streamer = TokenTimes()
-    model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), cache_implementation="static", do_sample=False,
-        max_new_tokens=2 * steps, min_new_tokens=2 * steps, streamer=streamer, pad_token_id=0,
-    )  # fmt: skip
-    times = [b - a for a, b in zip(streamer.times, streamer.times[1:])]
-    return {"ms_per_token": statistics.median(times[-steps:]) * 1e3, "slowest_token_s": max(times[1:])}
+        first = clock_ms(lambda: decode(8))
+        row = {"model": "hsa", "length": length, "max_length": cache.max_length}
+        yield row | {"ms_per_token": clock_ms(lambda: decode(steps)) / steps, "first_steps_s": first / 1e3}
 
 
 def measure_generation(measure, arguments, limits):
@@ -222,7 +222,7 @@ PARTS = {
     "models": measure_models,
     "prefill": partial(measure_generation, measure_prefill),
     "decode": partial(measure_decoding, measure_decode),
-    "static": partial(measure_decoding, measure_static),
+    "static": measure_static,
 }
 
 
