@@ -122,12 +122,16 @@ def make_indices(pattern: str, batch: int, length: int, heads: int, topk: int) -
 
 
 def causal_sdpa(q, k, v, weights, indices):
-    """Causal attention to all tokens, by flash attention where there is one."""
+    """Causal attention to all tokens, by the kernel that PyTorch takes of its own accord (on Hopper: cuDNN's)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    backends = [SDPBackend.FLASH_ATTENTION] if on_gpu() else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
-    with sdpa_kernel(backends):
-        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    output = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return output.transpose(1, 2)
+
+
+def causal_flash(q, k, v, weights, indices):
+    """As `causal_sdpa`, by the FlashAttention-2 of PyTorch."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        return causal_sdpa(q, k, v, weights, indices)
 
 
 def fla_nsa(q, k, v, weights, indices):
@@ -146,7 +150,13 @@ def _hsa(implementation: str):
     )
 
 
-IMPLEMENTATIONS = {"triton": _hsa("triton"), "torch": _hsa("torch"), "sdpa": causal_sdpa, "fla nsa": fla_nsa}
+IMPLEMENTATIONS = {
+    "triton": _hsa("triton"),
+    "torch": _hsa("torch"),
+    "sdpa": causal_sdpa,
+    "flash": causal_flash,
+    "fla nsa": fla_nsa,
+}
 
 
 def first_call_ms(function, inputs: list[torch.Tensor]) -> float:
@@ -211,7 +221,12 @@ def measure_kernels(arguments, limits):
             weights = torch.rand(indices.shape, device=device()) / topk * (indices >= 0)
             inputs = [q, k, v, weights, indices]
             for name in names:
-                if name == "sdpa" and pattern != arguments.patterns[0] or name == "torch" and length > 16384:
+                if (
+                    name in ("sdpa", "flash")
+                    and pattern != arguments.patterns[0]
+                    or name == "torch"
+                    and length > 16384
+                ):
                     continue  # takes no indices; takes too long
                 row = dict(zip(("batch", "length", "heads", "kv_heads", "dim", "topk"), shape))
                 row |= {"pattern": pattern, "implementation": name} | attempt(measure_attention, name, inputs)
@@ -302,6 +317,7 @@ def _flex(window: int, queries: int, keys: int):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()  # of a function that is compiled for many shapes, PyTorch leaves the last ones uncompiled
+    torch._functorch.config.donated_buffer = False  # backward is timed by running it again and again
     past = keys - queries
     mask = create_block_mask(
         lambda b, h, q, k: (q + past >= k) & (q + past - k < window), None, None, queries, keys,
@@ -367,7 +383,8 @@ def plot(results: dict, folder) -> None:
             for row in rows:
                 if part == "kernels" and (row["heads"], row["dim"]) != (rows[0]["heads"], rows[0]["dim"]):
                     continue
-                label = " ".join([row["implementation"], row.get("pattern", "")])
+                uses_chunks = row["implementation"] not in ("sdpa", "flash")
+                label = row["implementation"] + (f" {row['pattern']}" if "pattern" in row and uses_chunks else "")
                 x, y = lines.setdefault(label, ([], []))
                 x.append(row["length" if part == "kernels" else "queries"])
                 y.append(row[field])

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -176,8 +177,8 @@ def parse(doc: str, parts, add_arguments: Callable | None = None):
 
 def run(name: str, parts: dict[str, Callable], arguments, plot: Callable) -> None:
     """
-    Runs the chosen parts, each a generator of rows, printing every row and writing `<output>/<name>.json` after every
-    part; rows of parts that were not run stay as an earlier run left them.
+    Runs the chosen parts, each a generator of rows, printing every row and writing `<output>/<name>.json` after it;
+    rows of parts that were not run stay as an earlier run left them.
     """
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / f"{name}.json"
@@ -189,13 +190,20 @@ def run(name: str, parts: dict[str, Callable], arguments, plot: Callable) -> Non
         for row in parts[part](arguments, limits):
             rows.append(row)
             print(part, " ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
-        results[part] = {"hardware": hardware(), "ceilings": limits, "rows": rows}
-        file.write_text(json.dumps(results, indent=1) + "\n")
+            results[part] = {"hardware": hardware(), "ceilings": limits, "rows": rows}
+            file.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, arguments.output)
 
 
 def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from `low` to `high`; of wide ranges only the powers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high / low < 100 else (1,)
+    return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
 
 
 def draw(panels, file: Path) -> None:
@@ -214,6 +222,13 @@ def draw(panels, file: Path) -> None:
             if x:
                 axis.plot(x, y, "o-", label=name)
         axis.set(title=title, xlabel=label, xscale="log", yscale="log")
+        ticks = sorted({value for _, x, _ in lines for value in x})
+        axis.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
+        axis.minorticks_off()
+        low, high = (bound(value for _, _, y in lines for value in y) for bound in (min, max))
+        axis.set_ylim(min(low, high / 4) / 1.5, high * 1.5)  # what hardly changes looks flat
+        axis.set_yticks(_decades(min(low, high / 4) / 1.5, high * 1.5))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)

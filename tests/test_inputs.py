@@ -180,8 +180,8 @@ def test_forced_triton_is_refused_where_it_cannot_run():
 
 
 def test_unknown_cache_implementation_is_refused(model):
-    with pytest.raises(ValueError, match="`cache_implementation='static'`.*'offloaded'"):
-        model.generate(tokens(), max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="`cache_implementation='quantized'`.*'offloaded'"):
+        model.generate(tokens(), max_new_tokens=2, cache_implementation="quantized")
 
 
 # -- bad folders ------------------------------------------------------------------------------------------------------
