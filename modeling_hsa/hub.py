@@ -56,9 +56,10 @@ def _flatten_imports(code: str, source: str) -> str:
         module, names = match["module"], match["names"]
         if module == "configuration_hsa":
             return f"{match['indent']}from .configuration_hsa import {names}"
-        return f"{match['indent']}from .{_flat_module(f'{folder}/{module[1:]}')} import {names}"
+        path = f"{folder}/{module[1:].replace('.', '/')}"
+        return f"{match['indent']}from .{_flat_module(path)} import {names}"
 
-    statement = r"^(?P<indent> *)from (?P<module>configuration_hsa|\.\w+) import (?P<names>.*)$"
+    statement = r"^(?P<indent> *)from (?P<module>configuration_hsa|\.\w[\w.]*) import (?P<names>.*)$"
     return re.sub(statement, rewrite, code, flags=re.MULTILINE)
 
 

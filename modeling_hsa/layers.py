@@ -20,6 +20,7 @@ from configuration_hsa import HSAConfig
 from .cache import HSACache
 from .layout import TokenLayout, cut_chunks
 from .ops import chunk_attention, chunk_weights, select_chunks
+from .ops.precision import attention_dtype
 from .window import window_attention
 
 
@@ -377,6 +378,7 @@ class HSARetrievalLayer(HSALayer):
     ) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim)))  # [B, L, Hq, D]
+        query = query.to(attention_dtype(query))
         indices, weights = retrieved.indices, retrieved.weights
         if past_key_values is not None and past_key_values.memory.offloading:
             keys, values, indices = past_key_values.fetch_chunks(keys, values, indices)

@@ -15,6 +15,7 @@ import torch
 from transformers.utils.generic import is_flash_attention_requested
 
 from .layout import TokenLayout
+from .ops.precision import attention_dtype
 
 
 _MIN_BLOCK = 64
@@ -95,12 +96,6 @@ def _aligned_reach(layout: TokenLayout, batch: int, window: int) -> torch.Tensor
     return layout.align(reach[..., None])[..., 0]
 
 
-def _compute_dtype(query: torch.Tensor) -> torch.dtype:
-    """That of `scaled_dot_product_attention`, which autocast casts for, as it does not for `varlen_attn`."""
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-
-
 @torch.compiler.assume_constant_result
 def _has_flash_kernels(device_index: int, head_dim: int) -> bool:
     """Whether PyTorch's flash attention runs there, forward and backward, and has not been switched off."""
@@ -121,7 +116,7 @@ def _takes_varlen(
         _varlen_attn is not None
         and module.config._attn_implementation == "sdpa"
         and query.device.type == "cuda"
-        and _compute_dtype(query) in (torch.bfloat16, torch.float16)
+        and attention_dtype(query) in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 256
         and dropout == 0.0
@@ -164,7 +159,7 @@ def _sequences(layout: TokenLayout, batch: int, length: int, keys: int, **kwargs
 
 def _varlen(query, key, value, bounds_q, bounds_k, window: int, scale: float) -> torch.Tensor:
     """As `window_attention`, the causal window being aligned to the end of each sequence of keys."""
-    dtype, (batch, _, length, _), keys = _compute_dtype(query), query.shape, key.shape[2]
+    dtype, (batch, _, length, _), keys = attention_dtype(query), query.shape, key.shape[2]
     query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     output = _varlen_attn(
         query, key, value, bounds_q, bounds_k, length, keys, scale=scale, window_size=(window - 1, 0)

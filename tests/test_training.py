@@ -8,6 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from modeling_hsa import layers
+from modeling_hsa.ops import chunk_attention
+
+from .conftest import random_ids
 from .helpers import relative_error, tiny_model
 from .test_examples import train
 
@@ -327,3 +331,16 @@ def test_lora_adapters_save_load_and_merge(tmp_path):
         merged.save_pretrained(tmp_path / "merged")
         reloaded = type(merged).from_pretrained(tmp_path / "merged").eval()
         assert torch.equal(reloaded(ids).logits, merged(ids).logits)
+
+
+def test_autocast_runs_chunk_attention_in_half_precision_as_it_does_attention(monkeypatch):
+    model, dtypes = tiny_model(), []
+
+    def spy(query, keys, values, *arguments, **keywords):
+        dtypes.append((query.dtype, keys.dtype, values.dtype))
+        return chunk_attention(query, keys, values, *arguments, **keywords)
+
+    monkeypatch.setattr(layers, "chunk_attention", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_ids(1, 60))
+    assert dtypes == [(torch.bfloat16,) * 3] * model.config.num_upper_groups

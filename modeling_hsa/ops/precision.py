@@ -15,3 +15,12 @@ def without_autocast(function):
             return function(*args, **kwargs)
 
     return wrapper
+
+
+def attention_dtype(query: torch.Tensor) -> torch.dtype:
+    """
+    The dtype in which `scaled_dot_product_attention` would run: autocast casts for it, as it does not for operators
+    that it does not know. Where autocast is on, these are to be given what it would have made of their inputs.
+    """
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
