@@ -27,6 +27,7 @@ _FILES = {
     "modeling_hsa/ops/library.py": "hsa_ops_library.py",
     "modeling_hsa/ops/availability.py": "hsa_ops_availability.py",
     "modeling_hsa/ops/inverted_index.py": "hsa_ops_inverted_index.py",
+    "modeling_hsa/ops/triton_utils.py": "hsa_ops_triton_utils.py",
     "modeling_hsa/ops/triton_selection.py": "hsa_ops_triton_selection.py",
     "modeling_hsa/ops/triton_attention.py": "hsa_ops_triton_attention.py",
 }

@@ -162,6 +162,12 @@ def test_bundle_imports_nothing_but_its_own_files_and_libraries(folder):
     names = {
         file: {node.name for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
         | {target.id for node in ast.parse(code).body if isinstance(node, ast.Assign) for target in node.targets}
+        | {
+            a.asname or a.name
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.Import)
+            for a in node.names
+        }
         for file, code in bundle.items()
     }
     for file, code in bundle.items():

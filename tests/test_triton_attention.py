@@ -101,9 +101,12 @@ def assert_as_good_as_pytorch(case: Case, kind: str) -> None:
 def path(request, monkeypatch):
     """Blocks of queries that share their chunks, or one query a program, its chunks split over several."""
     multiprocessors = {"union": 1, "split": 1 << 20}[request.param]
-    limits = triton_attention._device_limits(0 if DEVICE == "cuda" else None)
-    monkeypatch.setattr(triton_attention, "_device_limits", lambda index: (multiprocessors, limits[1]))
+    _, shared_memory = triton_attention.device_limits(torch.device(DEVICE))
+    monkeypatch.setattr(triton_attention, "device_limits", lambda device: (multiprocessors, shared_memory))
     return request.param
+
+
+only_split = pytest.mark.parametrize("path", ["split"], indirect=True)
 
 
 @all_kinds
@@ -133,9 +136,10 @@ def test_agrees_with_the_oracle(case, kind):
     assert_as_good_as_pytorch(case, kind)
 
 
+@only_split
 @weights_and_joint
 @pytest.mark.parametrize("case", [Case(batch=1, length=2, heads=6), Case(length=1, topk=5, num_chunks=4)], ids=str)
-def test_agrees_with_the_oracle_where_the_chunks_of_a_query_are_split(case, kind):
+def test_agrees_with_the_oracle_where_the_chunks_of_a_query_are_split(case, kind, path):
     assert_as_good_as_pytorch(case, kind)
 
 

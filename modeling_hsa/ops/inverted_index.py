@@ -8,20 +8,11 @@ of one segment is finished by its program, the others leave partial sums, which 
 so the result is the same every time.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "The kernels need the package `triton`, which comes with CUDA builds of PyTorch. Install it, or use "
-        "`implementation='torch'`."
-    ) from error
+from .triton_utils import on_device, tl, triton
 
 
 class InvertedIndex(NamedTuple):
@@ -105,7 +96,7 @@ def invert(indices: torch.Tensor, num_chunks: int, heads: int, segment: int) -> 
     dtype = torch.int32 if max(total, num_pairs) < 2**30 else torch.int64
     empty = lambda n: torch.empty(n, dtype=dtype, device=device)  # noqa: E731
 
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on_device(indices):
         chunk = empty(num_pairs)
         _chunk_of_pair_kernel[(triton.cdiv(num_pairs, 1024),)](
             indices, chunk, num_pairs, length, num_chunks, total,

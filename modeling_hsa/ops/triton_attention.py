@@ -16,22 +16,10 @@ tiles of as many rows, and sums over them: time is linear in the pairs. This giv
 Nothing uses atomics: results are the same every time.
 """
 
-import contextlib
-import functools
-
 import torch
 
 from .inverted_index import invert
-
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "The kernels need the package `triton`, which comes with CUDA builds of PyTorch. Install it, or use "
-        "`implementation='torch'`."
-    ) from error
+from .triton_utils import device_limits, on_device, tl, triton
 
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -74,6 +62,47 @@ def _union_kernel(
 
 
 # -- parts of the kernels ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _query_block(
+    indices, weights, union, counts, length, blocks,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
+    TOPK: tl.constexpr, TOPK_: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr,
+):  # fmt: skip
+    """
+    What falls to a program whose first axis of the grid counts the blocks of queries of all rows and groups.
+
+    Returns: the row and the key/value head; for each line of the tile the place of its (token, head) in [B, L, Hq] and
+    whether there is one; the chunks and (but for `joint`) the weights of the queries, [BLOCK, TOPK_]; where the chunks
+    to walk are listed, and how many.
+    """
+    block = tl.program_id(0) % blocks
+    group = (tl.program_id(0) // blocks) % GROUPS
+    row = (tl.program_id(0) // blocks // GROUPS).to(tl.int64)
+    kv_head = group * KV_HEADS // GROUPS
+    retrieval_head = group * RETRIEVAL_HEADS // GROUPS
+    first_token = row * length + block * BLOCK
+
+    query, slot = tl.arange(0, BLOCK), tl.arange(0, TOPK_)
+    retrieved = ((first_token + query[:, None]) * RETRIEVAL_HEADS + retrieval_head) * TOPK + slot[None, :]
+    known = (block * BLOCK + query < length)[:, None] & (slot < TOPK)[None, :]
+    chunks = tl.load(indices + retrieved, mask=known, other=-1).to(tl.int32)
+    chunk_weights = chunks
+    if not JOINT:
+        chunk_weights = tl.load(weights + retrieved, mask=known, other=0.0).to(tl.float32)
+
+    line = tl.arange(0, BLOCK * LINES)
+    seen = (block * BLOCK + line // LINES < length) & (line % LINES < G)
+    offset = (first_token + line // LINES) * (GROUPS * G) + group * G + line % LINES
+    if BLOCK == 1:  # the chunks of the query as they are, absent ones with the weight 0
+        walk = indices + (first_token * RETRIEVAL_HEADS + retrieval_head) * TOPK
+        count = TOPK
+    else:
+        block_id = (row * RETRIEVAL_HEADS + retrieval_head) * blocks + block
+        walk = union + block_id * (BLOCK * TOPK)
+        count = tl.load(counts + block_id)
+    return row, kv_head, offset, seen, chunks, chunk_weights, walk, count
 
 
 @triton.jit
@@ -124,45 +153,24 @@ def _forward_kernel(
     With SPLITS > 1 (few queries) `out` is fp32 [SPLITS, B, L, Hq, D] and `lse` [SPLITS, B, L, Hq], for
     `_combine_kernel`.
     """
-    block = tl.program_id(0) % blocks
-    group = (tl.program_id(0) // blocks) % GROUPS
-    row = (tl.program_id(0) // blocks // GROUPS).to(tl.int64)
-    split = tl.program_id(1)
-    kv_head = group * KV_HEADS // GROUPS
-    retrieval_head = group * RETRIEVAL_HEADS // GROUPS
-    first_token = row * length + block * BLOCK
-
-    column, position, slot = tl.arange(0, D_), tl.arange(0, S_), tl.arange(0, TOPK_)
-    query = tl.arange(0, BLOCK)
-    retrieved = ((first_token + query[:, None]) * RETRIEVAL_HEADS + retrieval_head) * TOPK + slot[None, :]
-    known = (block * BLOCK + query < length)[:, None] & (slot < TOPK)[None, :]
-    chunks = tl.load(indices + retrieved, mask=known, other=-1).to(tl.int32)
-    if not JOINT:
-        chunk_weights = tl.load(weights + retrieved, mask=known, other=0.0).to(tl.float32)
-
-    line = tl.arange(0, BLOCK * LINES)
-    seen = (block * BLOCK + line // LINES < length) & (line % LINES < G)
-    offset = (first_token + line // LINES) * (GROUPS * G) + group * G + line % LINES
+    row, kv_head, offset, seen, chunks, chunk_weights, walk, count = _query_block(
+        indices, weights, union, counts, length, blocks,
+        GROUPS, RETRIEVAL_HEADS, KV_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+    )  # fmt: skip
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
     elements = offset[:, None] * D + column[None, :]
     inside = seen[:, None] & (column < D)[None, :]
     q_tile = tl.load(q + elements, mask=inside, other=0.0)
     k += row * stride_kb + kv_head * stride_kh
     v += row * stride_vb + kv_head * stride_vh
-
-    if BLOCK == 1:  # its chunks as they are, absent ones with the weight 0
-        union = indices + (first_token * RETRIEVAL_HEADS + retrieval_head) * TOPK
-        count = TOPK
-    else:
-        block_id = (row * RETRIEVAL_HEADS + retrieval_head) * blocks + block
-        union += block_id * (BLOCK * TOPK)
-        count = tl.load(counts + block_id)
+    split = tl.program_id(1)
     part = (count + SPLITS - 1) // SPLITS
 
     acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
     top = tl.full([BLOCK * LINES], float("-inf"), dtype=tl.float32)
     mass = tl.zeros([BLOCK * LINES], dtype=tl.float32)
     for j in tl.range(split * part, tl.minimum(split * part + part, count), num_stages=STAGES):
-        chunk = tl.load(union + j).to(tl.int32)
+        chunk = tl.load(walk + j).to(tl.int32)
         first_row = tl.maximum(chunk, 0).to(tl.int64) * S
         keys = _load_tile(k + first_row * stride_kt, stride_kt, chunk >= 0, position, column, S, D)
         values = _load_tile(v + first_row * stride_vt, stride_vt, chunk >= 0, position, column, S, D)
@@ -230,24 +238,11 @@ def _query_gradient_kernel(
     Grid and memory plan as in `_forward_kernel`, without splits; d_out stays beside the queries. `joint` leaves
     `delta = d_out . out` [B, L, Hq] for the gradients of keys and values.
     """
-    block = tl.program_id(0) % blocks
-    group = (tl.program_id(0) // blocks) % GROUPS
-    row = (tl.program_id(0) // blocks // GROUPS).to(tl.int64)
-    kv_head = group * KV_HEADS // GROUPS
-    retrieval_head = group * RETRIEVAL_HEADS // GROUPS
-    first_token = row * length + block * BLOCK
-
-    column, position, slot = tl.arange(0, D_), tl.arange(0, S_), tl.arange(0, TOPK_)
-    query = tl.arange(0, BLOCK)
-    retrieved = ((first_token + query[:, None]) * RETRIEVAL_HEADS + retrieval_head) * TOPK + slot[None, :]
-    known = (block * BLOCK + query < length)[:, None] & (slot < TOPK)[None, :]
-    chunks = tl.load(indices + retrieved, mask=known, other=-1).to(tl.int32)
-    if not JOINT:
-        chunk_weights = tl.load(weights + retrieved, mask=known, other=0.0).to(tl.float32)
-
-    line = tl.arange(0, BLOCK * LINES)
-    seen = (block * BLOCK + line // LINES < length) & (line % LINES < G)
-    offset = (first_token + line // LINES) * (GROUPS * G) + group * G + line % LINES
+    row, kv_head, offset, seen, chunks, chunk_weights, walk, count = _query_block(
+        indices, weights, union, counts, length, blocks,
+        GROUPS, RETRIEVAL_HEADS, KV_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+    )  # fmt: skip
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
     elements = offset[:, None] * D + column[None, :]
     inside = seen[:, None] & (column < D)[None, :]
     q_tile = tl.load(q + elements, mask=inside, other=0.0)
@@ -260,17 +255,9 @@ def _query_gradient_kernel(
     k += row * stride_kb + kv_head * stride_kh
     v += row * stride_vb + kv_head * stride_vh
 
-    if BLOCK == 1:
-        union = indices + (first_token * RETRIEVAL_HEADS + retrieval_head) * TOPK
-        count = TOPK
-    else:
-        block_id = (row * RETRIEVAL_HEADS + retrieval_head) * blocks + block
-        union += block_id * (BLOCK * TOPK)
-        count = tl.load(counts + block_id)
-
     acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
     for j in tl.range(0, count, num_stages=STAGES):
-        chunk = tl.load(union + j).to(tl.int32)
+        chunk = tl.load(walk + j).to(tl.int32)
         first_row = tl.maximum(chunk, 0).to(tl.int64) * S
         keys = _load_tile(k + first_row * stride_kt, stride_kt, chunk >= 0, position, column, S, D)
         values = _load_tile(v + first_row * stride_vt, stride_vt, chunk >= 0, position, column, S, D)
@@ -399,15 +386,6 @@ def _add_segments_kernel(
 # -- launches ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _device_limits(index: int | None) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory a program can have."""
-    if index is None:  # the interpreter
-        return 132, 227 * 1024
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
-
-
 class _Plan:
     """Sizes of the kernels for a call."""
 
@@ -416,7 +394,7 @@ class _Plan:
         retrieval_heads, topk = indices.shape[2:]
         kv_heads = k.shape[2]
         groups = max(retrieval_heads, kv_heads)
-        self.multiprocessors, self.shared_memory = _device_limits(q.device.index)
+        self.multiprocessors, self.shared_memory = device_limits(q.device)
         self.element = q.element_size()
         self.group = num_heads // groups
         self.lines = triton.next_power_of_2(self.group)
@@ -508,7 +486,7 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     rows_bytes = tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
-    with _current(q.device):
+    with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
         _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
             q, k, v, weights, indices, union, counts, parts, part_lse,
@@ -537,7 +515,7 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
     rows_bytes = 2 * tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
     d_q = torch.empty_like(q)
     delta = torch.empty_like(lse)
-    with _current(q.device):
+    with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
         _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
             q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
@@ -584,8 +562,3 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
             HEADS=heads, SHARE=share, S=sizes["S"], S_=sizes["S_"], D=sizes["D"], D_=sizes["D_"],
         )  # fmt: skip
     return d_k, d_v, d_weights
-
-
-def _current(device: torch.device):
-    """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -9,21 +9,10 @@ one until nothing is left to take: that is exact, needs neither sorting nor keys
 more was read, as the K-th best of n random scores changes K / n of the time.
 """
 
-import functools
-
 import torch
 
 from .inverted_index import invert
-
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError(
-        "The Triton kernels of HSA need the package `triton`, which CUDA builds of PyTorch install. Without it use "
-        "`implementation='torch'` (`hsa_implementation='torch'` in the config)."
-    ) from error
+from .triton_utils import device_limits, on_device, tl, triton
 
 
 # Most (query, slot) pairs of one chunk that a program of the backward adds up; more are cut into segments.
@@ -292,16 +281,6 @@ def _merge_kernel(
         _store_sorted(scores_ptr, indices_ptr, row, row >= 0, best, TOPK, SLOTS)
 
 
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _on_device(x: torch.Tensor):
-    """Makes the device of `x` the current one, on which Triton launches."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
-
-
 def _select_row(q, landmarks, bounds, topk, slots, scale, found):
     """One query per row. Returns the keys to merge, int64 [rows, groups, slots], or None if `found` is complete."""
     batch, _, heads, dim = q.shape
@@ -309,7 +288,7 @@ def _select_row(q, landmarks, bounds, topk, slots, scale, found):
     dims = max(16, triton.next_power_of_2(dim))
     tile = max(8, 4096 // dims)
     # As many landmarks per program as leave four programs for each processor, and something to choose from.
-    share = triton.next_power_of_2(triton.cdiv(rows * num_chunks, 4 * _num_processors(q.device)))
+    share = triton.next_power_of_2(triton.cdiv(rows * num_chunks, 4 * device_limits(q.device)[0]))
     size = max(tile, min(1024, max(128, 4 * slots, share)))
     groups = triton.cdiv(num_chunks, size)
     keys = torch.empty(rows, groups, slots, dtype=torch.int64, device=q.device) if groups > 1 else None
@@ -328,7 +307,7 @@ def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
     batch, length, heads, dim = q.shape
     num_chunks, rows, wide = landmarks.shape[1], batch * heads, q.element_size() > 2
     # A warp for 16 queries: no row of scores is spread over warps, and its maximum takes two shuffles.
-    queries, processors = min(64, max(16, triton.next_power_of_2(length))), _num_processors(q.device)
+    queries, processors = min(64, max(16, triton.next_power_of_2(length))), device_limits(q.device)[0]
     while queries > 16 and 2 * rows * triton.cdiv(length, queries) <= processors:
         queries //= 2
     warps, dims = queries // 16, max(16, triton.next_power_of_2(dim))
@@ -366,7 +345,7 @@ def select_chunks_forward(q, landmarks, first, end, topk, scale):
         return found
     slots = max(2, triton.next_power_of_2(topk))
     bounds = [(x, (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))) for x in (first, end)]
-    with _on_device(q):
+    with on_device(q):
         select = _select_row if q.shape[1] == 1 else _select_blocks
         keys = select(q, landmarks, bounds, topk, slots, scale, found)
         while keys is not None:
@@ -517,6 +496,6 @@ def select_chunks_backward(d_scores, q, landmarks, indices, scale):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, landmarks))
     q, landmarks = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, landmarks))
     d_scores, indices = d_scores.float().contiguous(), indices.contiguous()
-    with _on_device(q):
+    with on_device(q):
         arguments = d_scores, q, landmarks, indices, scale
         return _query_gradient(*arguments), _landmark_gradient(*arguments)
