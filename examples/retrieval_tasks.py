@@ -1,5 +1,5 @@
 """
-Retrieval tasks of the papers on HSA (arXiv 2504.16795, 2510.17196) on the level of tokens, to train and to evaluate on.
+Retrieval tasks of the papers on HSA (arXiv 2504.16795, 2510.17196) as token ids, to train and to evaluate on.
 
     tasks = RetrievalTasks(tokenizer)
     sample = tasks.s_niah(np.random.default_rng(0), corpus, length=4096)   # or .mq_niah, .vt, .dense
@@ -39,9 +39,8 @@ MQ_DIGITS = 6
 VT_DIGITS = 5
 KINDS = ("number", "ids", "chain")
 
-# How often `dense` tries to find room for an item before it goes on with the next; after so many failures the
-# sequence counts as full.
-TRIES, FAILURES = 10, 3
+# How often `dense` tries to find room for an item before it goes on with the next.
+TRIES = 30
 
 
 @dataclass
@@ -249,16 +248,12 @@ class RetrievalTasks:
             raise ValueError(f"`min_distance` {min_distance} and `max_distance` {max_distance} leave no distance.")
         made = self._make_items(rng, items, kinds)
         tokens = excerpt(corpus, length, rng, self.dtype)
-        free = np.ones(length, dtype=bool)
-        placed, failures = [], 0
+        taken = bytearray(length)
+        placed = []
         for item in made:
-            starts = None
-            for _ in range(TRIES):
-                starts = starts or _place(rng, item, length, min_distance, max_distance, free)
-            if starts:
+            starts = _place(rng, item, length, min_distance, max_distance, taken)
+            if starts is not None:
                 placed.append((item, starts))
-            elif (failures := failures + 1) == FAILURES:
-                break
         if not placed:
             raise ValueError(
                 f"No question has room in {length} tokens at distances from {min_distance} to {max_distance}: make "
@@ -375,28 +370,30 @@ class RetrievalTasks:
         return Sample(tokens, mask, *(np.array(x, np.int64) for x in (needles, values, asked, answers)))
 
 
-def _place(rng, item: Item, length: int, low: int, high: int | None, free: np.ndarray) -> list[int] | None:
+def _place(rng, item: Item, length: int, low: int, high: int | None, taken: bytearray) -> list[int] | None:
     """
-    Random starts of the needles and the question of `item` where `free` [L] is true, which then is false there; None
-    if these draws found no room.
+    Random starts of the needles and the question of `item` where `taken` [length] is 0, and then is 1. None where a
+    few draws found no room.
     """
-    ask = len(item.question)
+    ask, size = len(item.question), len(item.answer)
     low = max(low, ask)  # a needle ends before its question starts
     first = low + max(map(len, item.needles))
-    last = length - len(item.answer)
+    last = length - size
     if first > last or (high is not None and high < low):
         return None
-    answer = int(rng.integers(first, last + 1))
-    spans = [(answer - ask, answer + len(item.answer))]
-    for needle in item.needles:
-        furthest = answer - len(needle)
-        distance = int(rng.integers(low, (furthest if high is None else min(high, furthest)) + 1))
-        spans.append((answer - distance - len(needle), answer - distance))
-    if not all(free[start:end].all() for start, end in spans):
-        return None
-    ordered = sorted(spans)
-    if any(a[1] > b[0] for a, b in zip(ordered, ordered[1:])):
-        return None
-    for start, end in spans:
-        free[start:end] = False
-    return [start for start, _ in (*spans[1:], spans[0])]
+    for draws in rng.random((TRIES, 1 + len(item.needles))).tolist():
+        answer = first + int(draws[0] * (last - first + 1))
+        spans = [(answer - ask, answer + size)]
+        for needle, draw in zip(item.needles, draws[1:]):
+            furthest = answer - len(needle)
+            furthest = furthest if high is None else min(high, furthest)
+            end = answer - low - int(draw * (furthest - low + 1))
+            spans.append((end - len(needle), end))
+        if any(taken.find(1, start, end) >= 0 for start, end in spans):
+            continue
+        ordered = sorted(spans)
+        if all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:])):
+            for start, end in spans:
+                taken[start:end] = b"\1" * (end - start)
+            return [start for start, _ in (*spans[1:], spans[0])]
+    return None
