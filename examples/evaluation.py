@@ -204,11 +204,11 @@ class RetrievalRecorder:
     """
 
     def __init__(self, model, start: int):
-        self.base, self.active, self.start = model.base_model, cache_class(model) is not None, start
-        self.position, self.calls, self.hooks = 0, [], []
+        self.base = None if cache_class(model) is None else model.base_model
+        self.start, self.position, self.calls, self.hooks = start, 0, [], []
 
     def __enter__(self):
-        if self.active:
+        if self.base is not None:
             self.hooks = [
                 self.base.register_forward_pre_hook(self._ask, with_kwargs=True),
                 self.base.register_forward_hook(self._keep),
@@ -362,11 +362,11 @@ class Results:
         self.content = {
             "hardware": hardware() | versions | {"device": str(model.device), "dtype": str(model.dtype)},
             "model": {
-                "name": str(arguments.model),
+                "name": Path(arguments.model).name if Path(arguments.model).is_dir() else arguments.model,
                 "type": model.config.model_type,
                 "parameters": model.num_parameters(),
             },
-            "arguments": {k: _plain(v) for k, v in vars(arguments).items()},
+            "arguments": {k: _plain(v) for k, v in vars(arguments).items() if k not in ("model", "output")},
             "rows": [],
         }
 
@@ -376,9 +376,19 @@ class Results:
 
     def add(self, task: str, length: int, records: Sequence[dict], seconds: float, **more) -> dict:
         row = {"task": task, "length": length} | summarise(records) | {"seconds": round(seconds, 3)} | more
-        self.rows.append(row | {"records": columns(records)})
-        self.file.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        self._write(row | {"records": columns(records)})
         return row
+
+    def fail(self, task: str, length: int, reason: str) -> None:
+        """A row without results."""
+        self._write({"task": task, "length": length, "error": reason})
+
+    def _write(self, row: dict) -> None:
+        self.rows.append(row)
+        # One line a row: readable, and small with thousands of records.
+        rows = ",\n".join(json.dumps(row) for row in self.rows)
+        head = json.dumps(self.content | {"rows": None}, indent=1).removesuffix("null\n}")
+        self.file.write_text(f"{head}[\n{rows}\n]\n}}\n", encoding="utf-8")
 
     def table(self) -> str:
         """Tasks by lengths: accuracy in percent, with its interval."""
@@ -389,16 +399,19 @@ class Results:
             line = f"{task:18}"
             for length in lengths:
                 row = cells.get((task, length))
-                text = row and f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}-{100 * row['high']:.0f}]"
-                line += f"{text or '':>18}"
+                text = "" if row is None else row.get("error")
+                if text is None:
+                    text = f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}-{100 * row['high']:.0f}]"
+                line += f"{text:>18}"
             lines.append(line)
         return "\n".join(lines)
 
 
 def _plain(value):
+    """For JSON; of files only the names, since folders say nothing elsewhere."""
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return value.name if isinstance(value, Path) else value
 
 
 def short(tokens: int) -> str:
