@@ -7,7 +7,6 @@ table (a task at a length) keeps one record a sample; `summarise` gives its accu
 """
 
 import argparse
-import gzip
 import importlib.util
 import inspect
 import json
@@ -15,12 +14,13 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from measuring import hardware
+from prepare_corpus import cut_document, open_documents
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,8 +30,6 @@ if importlib.util.find_spec("modeling_hsa"):
     import modeling_hsa  # noqa: F401
 
 SEGMENT = 4096
-# Long documents are encoded in pieces of about so many characters, cut at line ends.
-PIECE_CHARACTERS = 100_000
 
 
 # -- flags --
@@ -101,28 +99,6 @@ def load(arguments: argparse.Namespace):
 # -- text --
 
 
-def read_texts(files: Sequence[Path]) -> Iterator[str]:
-    """The documents of .txt files (one each), .jsonl and .jsonl.gz files (one a line, under "text")."""
-    for file in files:
-        if file.name.endswith(".txt"):
-            yield file.read_text(encoding="utf-8")
-            continue
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict) or "text" not in row:
-                    raise ValueError(f"`--haystack`: line {number} of {file} has no 'text'.")
-                yield row["text"]
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        cut = text.find("\n", start + PIECE_CHARACTERS) + 1 or len(text)
-        yield text[start:cut]
-        start = cut
-
-
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a text, without special tokens. (Quiet about texts longer than the model was trained on.)"""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -141,8 +117,8 @@ def read_haystack(files: Sequence[Path], tokenizer, most: int | None = None) -> 
     kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts, size = [], 0
-    for text in read_texts(files):
-        for piece in _pieces(text):
+    for document in open_documents(str(file) for file in files):
+        for piece in cut_document(document):
             parts.append(np.array(encode(tokenizer, piece), dtype=kind))
             size += len(parts[-1])
             if most is not None and size >= most:

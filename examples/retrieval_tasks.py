@@ -125,6 +125,8 @@ class _Strings:
     def draw(self, rng: np.random.Generator, count: int) -> list[np.ndarray]:
         """`count` different ones."""
         if self.pool is not None:
+            if count > len(self.pool):
+                raise ValueError(f"{count} needles need a larger `pool` than {len(self.pool)}.")
             return [self.pool[i] for i in rng.choice(len(self.pool), count, replace=False)]
         while True:
             rows = rng.integers(self.size, size=(count, self.characters))
