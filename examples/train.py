@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from prepare_corpus import train_tokenizer
 from synthetic_text import make_documents
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,8 +44,6 @@ logger = logging.get_logger("train")
 
 DESCRIPTION = __doc__.strip().splitlines()[0]
 
-# A byte-level BPE learns little more from the rest of a large corpus.
-TOKENIZER_CHARACTERS = 10_000_000
 SYNTHETIC_DOCUMENT = 5_000  # characters
 
 
@@ -145,39 +143,6 @@ def only_text(dataset: Dataset, column: str) -> Dataset:
         raise ValueError(f"There is no column {column!r}, only {', '.join(dataset.column_names)}: `--text_column`.")
     dataset = dataset.select_columns(column)
     return dataset if column == "text" else dataset.rename_column(column, "text")
-
-
-def train_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be encoded. Digits stay single, so that a number can be copied token by token."""
-
-    def pieces(size: int = 100_000):
-        left = TOKENIZER_CHARACTERS
-        for row in texts:
-            for start in range(0, min(len(row["text"]), left), size):
-                yield row["text"][start : start + size]
-            left -= len(row["text"])
-            if left <= 0:
-                return
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(pieces(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def make_tokenizer(data: DataArguments, model: str | None, texts: Dataset) -> PreTrainedTokenizerFast:
