@@ -1,0 +1,357 @@
+"""
+Pretrain a small HSA model to retrieve: text with questions about earlier text mixed in, in stages that grow.
+
+    python examples/prepare_corpus.py --train_files books/train-*.jsonl.gz --vocab_size 4096 --output_dir out/corpus
+    python examples/pretrain.py --recipe examples/recipes/books.json --corpus out/corpus --output out/books
+    python examples/pretrain.py --recipe examples/recipes/books.json --corpus out/corpus --output out/books --resume
+
+A recipe (JSON) names the model, the optimizer and the stages. A stage has a length, a mixture of tasks, and ends when
+its tasks are mastered or its tokens are used up. Batch i of a stage is made from the seed, the stage and i alone, so a
+run that was stopped (`--minutes`, or the interrupt key) goes on as if it had not been. `--output` then holds the
+model, its tokenizer, the optimizer, all in files of at most 16 MB, log.jsonl and training.png.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import save_torch_state_dict
+from measuring import hardware
+from retrieval_tasks import RetrievalTasks, excerpt
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from configuration_hsa import HSAConfig
+from modeling_hsa import HSAForCausalLM
+
+
+SHARD = "16MB"
+SECTIONS = {
+    "optimizer": {"name", "learning_rate", "weight_decay", "warmup_tokens", "answer_weight"},
+    "stage": {"name", "length", "batch_tokens", "mixture", "most_tokens"},
+}
+OPTIONAL = {"accuracy", "chunk_topk", "final_learning_rate"}  # of a stage
+
+
+def read_recipe(file: Path) -> dict:
+    """Raises: ValueError for a field that is unknown or missing."""
+    recipe = json.loads(file.read_text())
+    sections = [("recipe", recipe, {"model", "optimizer", "stages"})]
+    sections += [("optimizer", recipe.get("optimizer", {}), SECTIONS["optimizer"])]
+    sections += [("stage", stage, SECTIONS["stage"]) for stage in recipe.get("stages", [])]
+    for name, fields, wanted in sections:
+        unknown = fields.keys() - wanted - (OPTIONAL if name == "stage" else set())
+        if unknown or wanted - fields.keys():
+            raise ValueError(
+                f"{file}: the {name} {fields.get('name', '')!r} lacks {sorted(wanted - fields.keys())} and does not "
+                f"take {sorted(unknown)}."
+            )
+    return recipe
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+class Batches(Dataset):
+    """
+    Batch i of a stage: input_ids int64 [B, L]; task int64 [B], which of the mixture a row is; answers bool [B, L], the
+    tokens of answers; source int64 [B, L], the earlier position that such a token is copied from, -1 for others.
+    """
+
+    def __init__(self, corpus: Path, tasks: RetrievalTasks, stage: dict, seed: tuple[int, ...]):
+        self.file, self.tasks, self.stage, self.seed = corpus / "train.npy", tasks, stage, seed
+        self.tokens = None
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        if self.tokens is None:  # every worker maps the file for itself
+            self.tokens = np.load(self.file, mmap_mode="r")
+        rng = np.random.default_rng((*self.seed, i))
+        mixture = self.stage["mixture"]
+        shares = np.array([task["share"] for task in mixture], dtype=float)
+        rows = max(1, self.stage["batch_tokens"] // self.stage["length"])
+        chosen = rng.choice(len(mixture), size=rows, p=shares / shares.sum())
+        made = [self._row(mixture[task], rng) for task in chosen]
+        ids, answers, source = (torch.from_numpy(np.stack(x)) for x in zip(*made))
+        return ids, torch.from_numpy(chosen), answers, source
+
+    def _row(self, task: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        length = self.stage["length"]
+        source = np.full(length, -1)
+        if task["task"] == "text":
+            return excerpt(self.tokens, length, rng, np.int64), source >= 0, source
+        sample = self.tasks.make(task["task"], rng, self.tokens, length, **task.get("options", {}))
+        for (start, end), answer in zip(sample.values.tolist(), sample.asked.tolist()):
+            if answer >= 0:
+                _mark_copy(sample.tokens, (start, end), sample.answers[answer].tolist(), source)
+        return sample.tokens.astype(np.int64), sample.answer_mask, np.where(sample.answer_mask, source, -1)
+
+
+def _mark_copy(tokens: np.ndarray, value: tuple[int, int], answer: tuple[int, int], source: np.ndarray) -> None:
+    """Where the tokens of `value` stand in the answer, writes where each is copied from."""
+    size = value[1] - value[0]
+    for at in range(answer[0], answer[1] - size + 1):
+        if (tokens[at : at + size] == tokens[value[0] : value[1]]).all() and (source[at : at + size] < 0).all():
+            source[at : at + size] = np.arange(*value)
+            return
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model, settings: dict) -> list[torch.optim.Optimizer]:
+    """`muon`: Muon for the matrices of the layers, AdamW for embeddings, norms and the CLS token. `adamw`: for all."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
+        (matrices if is_matrix else others).append(parameter)
+    rate, decay = settings["learning_rate"], settings["weight_decay"]
+    groups = [{"params": others, "weight_decay": 0.0}]
+    if settings["name"] == "adamw":
+        return [torch.optim.AdamW([*groups, {"params": matrices, "weight_decay": decay}], lr=rate, betas=(0.9, 0.95))]
+    if settings["name"] != "muon":
+        raise ValueError(f"`optimizer.name` must be 'muon' or 'adamw', got {settings['name']!r}.")
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))]
+
+
+def learning_rate(recipe: dict, stage: dict, tokens: int, stage_tokens: int) -> float:
+    """Linear warm-up, then constant; in a stage with `final_learning_rate`, linear to that share of it."""
+    settings = recipe["optimizer"]
+    rate = settings["learning_rate"] * min(1.0, (tokens + 1) / max(settings["warmup_tokens"], 1))
+    done = min(1.0, stage_tokens / stage["most_tokens"])
+    return rate * (1 - done * (1 - stage.get("final_learning_rate", 1.0)))
+
+
+class Meters:
+    """Sums on the device, read only when they are logged."""
+
+    def __init__(self, tasks: list[str], device):
+        self.tasks, self.sums = tasks, torch.zeros(len(tasks), 4, device=device, dtype=torch.float64)
+        self.losses = torch.zeros(2, device=device, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, task, predicted, targets, answers, per_token) -> None:
+        right = predicted == targets
+        row = torch.stack(
+            [(right & answers).sum(1), answers.sum(1), (right | ~answers).all(1) & answers.any(1), answers.any(1)], 1
+        )
+        self.sums.index_add_(0, task, row.double())
+        self.losses += torch.stack([(per_token * ~answers).sum(), (~answers).sum()]).double()
+
+    def read(self) -> dict:
+        """Loss of the text; for each task the accuracy by answer token and by row (all of its answers)."""
+        loss, count = self.losses.tolist()
+        result = {"text_loss": loss / max(count, 1)}
+        for name, (right, tokens, rows_right, rows) in zip(self.tasks, self.sums.tolist()):
+            if tokens:
+                result[name] = {"accuracy": right / tokens, "row_accuracy": rows_right / rows}
+        self.sums.zero_(), self.losses.zero_()
+        return result
+
+
+def train_step(model, optimizers, batch, answer_weight: float, meters: Meters, autocast) -> None:
+    input_ids, task, answers, _ = batch
+    with autocast:
+        logits = model(input_ids, use_cache=False).logits
+    logits, targets, answers = logits[:, :-1], input_ids[:, 1:], answers[:, 1:]
+    per_token = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    weights = torch.where(answers, answer_weight, 1.0)
+    ((per_token * weights).sum() / weights.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    meters.add(task, logits.argmax(-1), targets, answers, per_token.detach())
+
+
+@torch.no_grad()
+def retrieval_recall(model, batch, autocast) -> list[float]:
+    """For every HSA layer: how often the chunk that gives an answer token away is among those retrieved for it."""
+    input_ids, _, _, source = (x[:16] for x in batch)
+    with autocast:
+        retrieval = model(input_ids, use_cache=False, output_retrieval=True, logits_to_keep=1).retrieval
+    chunk = source // model.config.chunk_size
+    # Only what lies in a chunk that is complete when the token is predicted can be retrieved.
+    position = torch.arange(-1, source.shape[1] - 1, device=source.device)
+    counts = (source >= 0) & ((chunk + 1) * model.config.chunk_size <= position)
+    recalls = []
+    for layer in retrieval:
+        found = (layer.indices[:, :-1] == chunk[:, 1:, None, None]).flatten(2).any(-1)
+        recalls.append((found & counts[:, 1:]).sum().item() / max(counts.sum().item(), 1))
+    return recalls
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model, tokenizer, optimizers, state: dict) -> None:
+    """The model as Transformers saves it, and optimizer-*.safetensors, in files of at most 16 MB; state.json last."""
+    (folder / "state.json").unlink(missing_ok=True)
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    tokenizer.save_pretrained(folder)
+    tensors = {
+        f"{number}.{index}.{name}": x if x.dim() else x[None]
+        for number, optimizer in enumerate(optimizers)
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, x in values.items()
+    }
+    pattern = "optimizer{suffix}.safetensors"
+    for file in folder.glob("optimizer*"):
+        file.unlink()
+    save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=SHARD)
+    (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+
+
+def load_optimizers(folder: Path, optimizers) -> None:
+    states = [{} for _ in optimizers]
+    for file in folder.glob("optimizer*.safetensors"):
+        for key, x in load_file(file).items():
+            number, index, name = key.split(".", 2)
+            states[int(number)].setdefault(int(index), {})[name] = x[0] if name == "step" else x
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def plot(folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    names = sorted({name for entry in entries for name, value in entry.items() if isinstance(value, dict)})
+    x = [entry["tokens"] / 1e6 for entry in entries]
+    axes[0].plot(x, [entry["text_loss"] for entry in entries])
+    for name in names:
+        kept = [(at, entry[name]["accuracy"]) for at, entry in zip(x, entries) if name in entry]
+        axes[1].plot(*zip(*kept), label=name)
+    for layer in range(max(len(entry["recall"]) for entry in entries)):
+        axes[2].plot(x, [entry["recall"][layer] for entry in entries], label=f"HSA layer {layer}")
+    for axis, title in zip(axes, ("loss of the text", "accuracy by answer token", "recall of the chunk retrieved")):
+        axis.set(title=title, xlabel="million tokens")
+        for _, group in itertools.groupby(zip(x, entries), key=lambda pair: pair[1]["stage"]):
+            axis.axvline(next(group)[0], color="0.85", zorder=0)
+    for axis in axes[1:]:
+        axis.set_ylim(0, 1.02)
+        axis.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(folder / "training.png", dpi=110)
+    plt.close(figure)
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run: the model, its optimizer, and where it stands."""
+
+    def __init__(self, arguments):
+        self.arguments, self.folder = arguments, arguments.output
+        self.recipe = read_recipe(arguments.recipe)
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.corpus)
+        self.tasks = RetrievalTasks(self.tokenizer)
+        self.device = torch.device(arguments.device)
+        self.state = {"stage": 0, "batch": 0, "tokens": 0, "seconds": 0.0}
+        torch.manual_seed(arguments.seed)
+        resumed = arguments.resume and (self.folder / "state.json").exists()
+        if resumed:
+            self.model = HSAForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            self.state = json.loads((self.folder / "state.json").read_text())
+        else:
+            self.model = HSAForCausalLM(HSAConfig(**self.recipe["model"], vocab_size=len(self.tokenizer)))
+        self.model.to(self.device).train()
+        self.optimizers = make_optimizers(self.model, self.recipe["optimizer"])
+        if resumed:
+            load_optimizers(self.folder, self.optimizers)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+
+    @property
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def save(self) -> None:
+        save(self.folder, self.model, self.tokenizer, self.optimizers, self.state)
+        if (self.folder / "log.jsonl").exists():
+            plot(self.folder)
+
+    def log(self, stage: dict, meters: Meters, batch, seconds: float, tokens: int) -> dict:
+        entry = {"stage": stage["name"], "tokens": self.state["tokens"], "tokens_per_s": tokens / seconds}
+        entry |= meters.read() | {"recall": retrieval_recall(self.model, batch, self.autocast)}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        return entry
+
+    def stage(self, number: int, deadline: float) -> bool:
+        """Trains one stage, from the batch where it stands; False if time ran out."""
+        stage, state = self.recipe["stages"][number], self.state
+        self.model.config.chunk_topk = stage.get("chunk_topk", self.recipe["model"].get("chunk_topk", 8))
+        names = [task["name"] for task in stage["mixture"]]
+        meters = Meters(names, self.device)
+        batches = Batches(self.arguments.corpus, self.tasks, stage, (self.arguments.seed, number))
+        per_batch = max(1, stage["batch_tokens"] // stage["length"]) * stage["length"]
+        total = -(-stage["most_tokens"] // per_batch)
+        order = range(state["batch"], total)
+        workers = self.arguments.workers
+        pin = self.device.type == "cuda"
+        loader = DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, pin_memory=pin)
+        bar = tqdm(loader, desc=stage["name"], initial=state["batch"], total=total, mininterval=10)
+        clock, since = time.time(), 0
+        for batch in bar:
+            batch = [x.to(self.device, non_blocking=True) for x in batch]
+            rate = learning_rate(self.recipe, stage, state["tokens"], state["batch"] * per_batch)
+            for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
+                group["lr"] = rate
+            weight = self.recipe["optimizer"]["answer_weight"]
+            train_step(self.model, self.optimizers, batch, weight, meters, self.autocast)
+            state["batch"] += 1
+            state["tokens"] += per_batch
+            since += per_batch
+            if state["batch"] % self.arguments.log_every == 0:
+                entry = self.log(stage, meters, batch, time.time() - clock, since)
+                state["seconds"] += time.time() - clock
+                clock, since = time.time(), 0
+                accuracies = [entry[name]["accuracy"] for name in names if name in entry]
+                bar.set_postfix_str(" ".join(f"{x:.2f}" for x in (entry["text_loss"], *accuracies)))
+                if accuracies and min(accuracies) >= stage.get("accuracy", 2.0):
+                    break
+            if time.time() > deadline:
+                return False
+        return True
+
+    def run(self) -> None:
+        deadline = time.time() + 60 * self.arguments.minutes
+        stages = self.recipe["stages"]
+        print(f"{self.model.num_parameters() / 1e6:.2f}M parameters; {hardware()}", flush=True)
+        try:
+            while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
+                self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
+        except KeyboardInterrupt:
+            pass
+        self.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, required=True, help="folder that prepare_corpus.py wrote")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output, if there is one")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop and save after so many minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
+    parser.add_argument("--log_every", type=int, default=50, help="batches")
+    Run(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    main()
