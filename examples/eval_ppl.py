@@ -10,8 +10,8 @@ Does more context help? Perplexity and bits per byte of held-out text, by the le
                 of all its tokens but the first). The windows of a sample all end at the same place, so that the same
                 tokens are predicted at every length, and curves differ in the context alone. `change` is the paired
                 difference from the shortest length, whose interval is the narrower for it.
-    positions   the loss of every token of windows of the longest length, by its position: one pass shows where a model
-                stops gaining, or breaks.
+    positions   the loss of every token, from the third on, of windows of the longest length, by its position: one pass
+                shows where a model stops gaining, or breaks.
 
 The documents are a ring, the first following the last, with the end-of-text token after each. Windows end at seeded
 places, such that windows of up to `within` tokens lie inside of one document: the longest of `--lengths` that half of
@@ -135,8 +135,8 @@ class LossResults(Results):
 
 
 def bucket_edges(length: int) -> list[int]:
-    """Borders of the buckets of positions: 1, 64, 128, 256, ..., length. (Token 0 is not predicted.)"""
-    edges, edge = [1], FIRST_BUCKET
+    """Borders of the buckets of positions: 2, 64, 128, 256, ..., length. (Token 0 is not predicted.)"""
+    edges, edge = [2], FIRST_BUCKET
     while edge < length:
         edges.append(edge)
         edge *= 2
@@ -200,8 +200,9 @@ class Evaluation:
         edges = bucket_edges(length)
         for pairs in batches(self.arguments, "positions", length):
             ends, tokens = self.windows(pairs, length)
-            for pair, end, loss in zip(pairs, ends, self.losses(tokens, length - 1).astype(np.float64)):
-                means = [float(loss[a - 1 : b - 1].mean()) for a, b in zip(edges, edges[1:])]
+            # The first is read on its own, into a cache that `--offload` acts on.
+            for pair, end, loss in zip(pairs, ends, self.losses(tokens, length - 2).astype(np.float64)):
+                means = [float(loss[a - 2 : b - 2].mean()) for a, b in zip(edges, edges[1:])]
                 records.append({"seed": pair[0], "index": pair[1], "end": end, "loss": means})
         buckets = [interval(list(values)) for values in zip(*(record["loss"] for record in records))]
         row = {"edges": edges, "samples": len(records), "losses": buckets, "seconds": round(clock.seconds, 3)}
@@ -250,8 +251,8 @@ def check(parser: ArgumentParser, arguments: Namespace, tokens: int) -> None:
     """Ends the program with the name of the flag that does not go with a text of so many tokens, and the fix."""
     if arguments.last < 1:
         parser.error(f"`--last` must be at least 1, got {arguments.last}")
-    if min(arguments.lengths) < 2:
-        parser.error("`--lengths` must be at least 2: the first token of a window is not predicted")
+    if min(arguments.lengths) < 3:
+        parser.error("`--lengths` must be at least 3: the first tokens of a window are not scored")
     if max(arguments.lengths) > tokens:
         parser.error(
             f"`--lengths` {max(arguments.lengths)} is more than the {tokens} tokens of `--haystack`: give more text "

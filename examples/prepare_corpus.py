@@ -72,7 +72,7 @@ def open_documents(files: Iterable[str]) -> Iterator[TextIO]:
                 continue
             for number, line in enumerate(file, start=1):
                 row = json.loads(line)
-                if not isinstance(row.get("text"), str):
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise ValueError(f'Line {number} of {name} has no string "text": rename the field that has it.')
                 yield io.StringIO(row["text"])
 
