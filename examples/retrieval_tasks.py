@@ -119,8 +119,8 @@ class _Strings:
         probe = encode(" " + alphabet)
         self.pool = None
         if probe != [*space, *self.lookup.tolist()] or len(set(self.lookup.tolist())) < len(alphabet):
-            letters = np.array(list(alphabet))
-            self.pool = [np.array(encode(" " + "".join(letters[row]))) for row in rows]
+            words = np.array(list(alphabet))[rows]
+            self.pool = [np.array(ids) for ids in encode([" " + "".join(word) for word in words])]
 
     def draw(self, rng: np.random.Generator, count: int) -> list[np.ndarray]:
         """`count` different ones."""
@@ -148,7 +148,7 @@ class RetrievalTasks:
     """
 
     def __init__(self, tokenizer, value_ids: tuple[int, int] | None = None, pool: int = 20_000, pool_seed: int = 0):
-        def encode(text: str) -> list[int]:
+        def encode(text):
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
         low, high = value_ids or (0, len(tokenizer))
