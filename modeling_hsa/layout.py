@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .ops.library import count_from
+
 
 class RowState(NamedTuple):
     """What earlier calls left behind, per row; [B] tensors. An empty row has -1, 0, -1."""
@@ -136,7 +138,7 @@ def build_layout(
         full, right_aligned, contiguous = facts.tolist()
         real = None if full else real
     if real is None and past is not None:
-        expected = torch.arange(past, past + length, device=device)[None]
+        expected = count_from(past, length, device)[None]
         if (
             position_ids is None
             or (cache is not None or attention_mask is not None)

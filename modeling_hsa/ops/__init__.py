@@ -10,6 +10,7 @@ import torch
 
 from .availability import pick_backend
 from .library import chunk_attention as _chunk_attention
+from .library import count_from
 from .library import select_chunks as _select_chunks
 from .naive import chunk_attention as _naive_chunk_attention
 from .naive import chunk_weights as _naive_chunk_weights
@@ -52,7 +53,7 @@ def visible_chunks(length: int, chunk_size: int, q_start: int | torch.Tensor = 0
 
     Returns: `(first, end)`, int64 [1 | B, L]: chunk i is visible iff `first <= i < end`.
     """
-    position = torch.arange(length, device=device)[None]
+    position = count_from(0, length, device)[None]
     position = position + (q_start[:, None] if isinstance(q_start, torch.Tensor) else q_start)
     end = position // chunk_size
     return torch.zeros_like(end), end

@@ -35,6 +35,15 @@ def _attention(backend: str):
     return chunk_attention_forward, chunk_attention_backward
 
 
+def count_from(start: int, length: int, device) -> torch.Tensor:
+    """
+    int64 [length], `torch.arange(start, start + length)`. `| 0` changes nothing, but hides from torch.compile what the
+    numbers are: in PyTorch 2.13 its CPU backend makes `arange // n` in whole blocks of n, and leaves what comes after
+    the last one unwritten.
+    """
+    return torch.arange(start, start + length, device=device) | 0
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::select_chunks", mutates_args=())
 def select_chunks(
     q: Tensor, landmarks: Tensor, first: Tensor, end: Tensor, topk: int, scale: float, backend: str

@@ -30,6 +30,27 @@ def _split_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scores.masked_fill(chunk < 0, float("-inf")), chunk.to(torch.int32)
 
 
+def _top_keys(scores: torch.Tensor, first_chunk: int, topk: int) -> torch.Tensor:
+    """
+    The `topk` best keys (fewer if there are fewer) of scores [rows, n, c] of the chunks from `first_chunk` on.
+
+    Keys are eight bytes and cost several passes, maxima of the scores one: the best are sought in those `topk` groups
+    of chunks alone whose best is among the `topk` best of all groups. Of groups with equal maxima the nearest are
+    taken, whose chunks are nearer than all chunks of the others.
+    """
+    width = scores.shape[-1]
+    group = 1 << (width // topk).bit_length() // 2  # about sqrt(width / topk), which makes the fewest keys
+    chunk = torch.arange(first_chunk, first_chunk + width, device=scores.device)
+    if width > 4 * topk * group:
+        groups = torch.nn.functional.pad(scores, (0, -width % group), value=float("-inf")).unflatten(-1, (-1, group))
+        number = torch.arange(groups.shape[-2], device=scores.device)
+        chosen = _ordered_keys(groups.amax(-1), number).topk(topk, dim=-1).values & 0xFFFFFFFF  # [rows, n, topk]
+        scores = groups.gather(-2, chosen[..., None].expand(*chosen.shape, group)).flatten(-2)
+        chunk = (first_chunk + chosen[..., None] * group + torch.arange(group, device=scores.device)).flatten(-2)
+    keys = _ordered_keys(scores, chunk).masked_fill(scores == float("-inf"), _ABSENT)
+    return keys.topk(min(topk, keys.shape[-1]), dim=-1).values
+
+
 def _best_keys(q, landmarks, first, end, topk, scale):
     """q [rows, n, d], landmarks [rows, c, d], first and end [rows, n] -> the `topk` best keys of each query."""
     rows, length, _ = q.shape
@@ -41,9 +62,8 @@ def _best_keys(q, landmarks, first, end, topk, scale):
     for c in range(start, stop, block):
         chunk = torch.arange(c, min(c + block, stop), device=q.device)
         scores = (q.float() @ landmarks[:, c : c + len(chunk)].float().transpose(1, 2)) * scale
-        keys = _ordered_keys(scores, chunk)
-        keys = keys.masked_fill((chunk < first[..., None]) | (chunk >= end[..., None]), _ABSENT)
-        best = torch.cat([best, keys], dim=-1).topk(topk, dim=-1).values
+        scores.masked_fill_((chunk < first[..., None]) | (chunk >= end[..., None]), float("-inf"))
+        best = torch.cat([best, _top_keys(scores, c, topk)], dim=-1).topk(topk, dim=-1).values
     return best
 
 

@@ -106,10 +106,10 @@ def _query_block(
 
 
 @triton.jit
-def _load_tile(x, stride, row_mask, position, column, S: tl.constexpr, D: tl.constexpr):
-    """x [S, D] as [S_, D_], 0 beyond; a row is `stride` apart. `row_mask` is a scalar: 0 everywhere if it is false."""
-    pointers = x + position[:, None] * stride + column[None, :]
-    return tl.load(pointers, mask=row_mask & (position < S)[:, None] & (column < D)[None, :], other=0.0)
+def _load_tile(x, stride, position, column, rows, D: tl.constexpr):
+    """The first `rows` rows of x, [rows, D], `stride` apart, as [S_, D_]; 0 beyond."""
+    mask = (position < rows)[:, None] & (column < D)[None, :]
+    return tl.load(x + position[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -172,8 +172,9 @@ def _forward_kernel(
     for j in tl.range(split * part, tl.minimum(split * part + part, count), num_stages=STAGES):
         chunk = tl.load(walk + j).to(tl.int32)
         first_row = tl.maximum(chunk, 0).to(tl.int64) * S
-        keys = _load_tile(k + first_row * stride_kt, stride_kt, chunk >= 0, position, column, S, D)
-        values = _load_tile(v + first_row * stride_vt, stride_vt, chunk >= 0, position, column, S, D)
+        rows = tl.where(chunk >= 0, S, 0)
+        keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
+        values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
         scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
         has = (chunks == chunk) & (chunks >= 0)
         if JOINT:
@@ -259,8 +260,9 @@ def _query_gradient_kernel(
     for j in tl.range(0, count, num_stages=STAGES):
         chunk = tl.load(walk + j).to(tl.int32)
         first_row = tl.maximum(chunk, 0).to(tl.int64) * S
-        keys = _load_tile(k + first_row * stride_kt, stride_kt, chunk >= 0, position, column, S, D)
-        values = _load_tile(v + first_row * stride_vt, stride_vt, chunk >= 0, position, column, S, D)
+        rows = tl.where(chunk >= 0, S, 0)
+        keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
+        values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
         scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
         d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
         has = (chunks == chunk) & (chunks >= 0)
@@ -307,8 +309,9 @@ def _chunk_gradient_kernel(
     column, position = tl.arange(0, D_), tl.arange(0, S_)
     k += row * stride_kb + chunk * S * stride_kt + kv_head * stride_kh
     v += row * stride_vb + chunk * S * stride_vt + kv_head * stride_vh
-    keys = _load_tile(k, stride_kt, True, position, column, S, D)
-    values = _load_tile(v, stride_vt, True, position, column, S, D)
+    in_chunk = (position < S)[:, None] & (column < D)[None, :]
+    keys = _load_tile(k, stride_kt, position, column, S, D)
+    values = _load_tile(v, stride_vt, position, column, S, D)
 
     acc_k = tl.zeros([S_, D_], dtype=tl.float32)
     acc_v = tl.zeros([S_, D_], dtype=tl.float32)
@@ -344,16 +347,15 @@ def _chunk_gradient_kernel(
 
     acc_k *= scale
     place = tl.load(segment_slot + segment).to(tl.int64)
-    inside = (position < S)[:, None] & (column < D)[None, :]
     if place < 0:
         head_row = ((row * num_chunks + chunk) * S + position) * KV_HEADS + kv_head
         elements = head_row[:, None] * D + column[None, :]
-        tl.store(d_k + elements, acc_k.to(d_k.dtype.element_ty), mask=inside)
-        tl.store(d_v + elements, acc_v.to(d_v.dtype.element_ty), mask=inside)
+        tl.store(d_k + elements, acc_k.to(d_k.dtype.element_ty), mask=in_chunk)
+        tl.store(d_v + elements, acc_v.to(d_v.dtype.element_ty), mask=in_chunk)
     else:
         elements = ((place * SHARE + share) * S + position)[:, None] * D + column[None, :]
-        tl.store(partial_k + elements, acc_k, mask=inside)
-        tl.store(partial_v + elements, acc_v, mask=inside)
+        tl.store(partial_k + elements, acc_k, mask=in_chunk)
+        tl.store(partial_v + elements, acc_v, mask=in_chunk)
 
 
 @triton.jit
@@ -368,19 +370,19 @@ def _add_segments_kernel(
         return
     slot = tl.load(first_slot + chunk_id).to(tl.int64)
     column, position = tl.arange(0, D_), tl.arange(0, S_)
+    in_chunk = (position < S)[:, None] & (column < D)[None, :]
     sum_k = tl.zeros([S_, D_], dtype=tl.float32)
     sum_v = tl.zeros([S_, D_], dtype=tl.float32)
     for i in range(count):
         first = ((slot + i) * SHARE + share) * (S * D)
-        sum_k += _load_tile(partial_k + first, D, True, position, column, S, D)
-        sum_v += _load_tile(partial_v + first, D, True, position, column, S, D)
+        sum_k += _load_tile(partial_k + first, D, position, column, S, D)
+        sum_v += _load_tile(partial_v + first, D, position, column, S, D)
     kv_heads = HEADS * SHARE
     head = (chunk_id // num_chunks) % HEADS * SHARE + share
     token = (chunk_id // (num_chunks * HEADS) * num_chunks + chunk_id % num_chunks) * S + position
     elements = (token[:, None] * kv_heads + head) * D + column[None, :]
-    inside = (position < S)[:, None] & (column < D)[None, :]
-    tl.store(d_k + elements, sum_k.to(d_k.dtype.element_ty), mask=inside)
-    tl.store(d_v + elements, sum_v.to(d_v.dtype.element_ty), mask=inside)
+    tl.store(d_k + elements, sum_k.to(d_k.dtype.element_ty), mask=in_chunk)
+    tl.store(d_v + elements, sum_v.to(d_v.dtype.element_ty), mask=in_chunk)
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
