@@ -160,7 +160,9 @@ def train_step(model, optimizers, batch, answer_weight: float, meters: Meters, a
     with autocast:
         logits = model(input_ids, use_cache=False).logits
     logits, targets, answers = logits[:, :-1], input_ids[:, 1:], answers[:, 1:]
-    per_token = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    per_token = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+    ).view_as(targets)
     weights = torch.where(answers, answer_weight, 1.0)
     ((per_token * weights).sum() / weights.sum()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
