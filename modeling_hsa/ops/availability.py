@@ -12,9 +12,9 @@ logger = logging.get_logger(__name__)
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "naive")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# What the kernels take: field -> (smallest, largest).
-# (the keys and values of a chunk have to fit into shared memory)
+# The keys and values of a chunk have to fit into shared memory: most elements of either in fp32.
 _CHUNK_ELEMENTS_FP32 = 64 * 256
+# What the kernels take: field -> (smallest, largest).
 _RANGES = {"head_dim": (16, 256), "chunk_size": (16, 128), "topk": (1, 128), "retrieval_dim": (16, 1024)}
 
 

@@ -66,8 +66,8 @@ def chunk_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
-    See `modeling_hsa.ops.chunk_attention`. Returns the output, and for `joint` what its backward needs, the
-    log-sum-exp of the scaled scores, [B, L, Hq] fp32 (else empty).
+    See `modeling_hsa.ops.chunk_attention`. Returns the output and, for `joint`, [B, L, Hq] fp32 (else empty) for
+    backward alone: from Triton the log-sum-exp of the scaled scores to the base 2, from PyTorch nothing of use.
     """
     return without_autocast(_attention(backend)[0])(q, k, v, weights, indices, chunk_size, scale)
 
@@ -77,7 +77,7 @@ def chunk_attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, indices: Tensor, out: Tensor, lse: Tensor,
     chunk_size: int, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and the weights (for `joint` the last is empty)."""
+    """d_out [B, L, Hq, D] -> the gradients of q, k, v and the weights (for `joint` the last is empty)."""
     function = without_autocast(_attention(backend)[1])
     return function(d_out, q, k, v, weights, indices, out, lse, chunk_size, scale)
 
