@@ -257,6 +257,8 @@ class Run:
     def __init__(self, arguments):
         self.arguments, self.folder = arguments, arguments.output
         self.recipe = read_recipe(arguments.recipe)
+        if not (arguments.corpus / "train.npy").exists():
+            raise ValueError(f"`--corpus`: {arguments.corpus} has no train.npy. Make it with prepare_corpus.py.")
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.corpus)
         self.tasks = RetrievalTasks(self.tokenizer)
         self.device = torch.device(arguments.device)
@@ -266,6 +268,13 @@ class Run:
         if resumed:
             self.model = HSAForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
             self.state = json.loads((self.folder / "state.json").read_text())
+            for name, value in self.recipe["model"].items():
+                # (stages change how many chunks are retrieved)
+                if name != "chunk_topk" and getattr(self.model.config, name) != value:
+                    raise ValueError(
+                        f"{arguments.recipe}: the model has `{name}` {value}, but that in {self.folder} has "
+                        f"{getattr(self.model.config, name)}. Resume with its recipe, or take another --output."
+                    )
         else:
             self.model = HSAForCausalLM(HSAConfig(**self.recipe["model"], vocab_size=len(self.tokenizer)))
         self.model.to(self.device).train()

@@ -170,6 +170,17 @@ def test_recipes_that_say_nonsense_are_refused(monkeypatch, corpus, tmp_path, ch
         run(monkeypatch, tmp_path / "recipe.json", corpus, tmp_path / "out")
 
 
+def test_what_does_not_belong_together_is_refused(monkeypatch, recipe, corpus, tmp_path):
+    with pytest.raises(ValueError, match="`--corpus`: .* has no train.npy. Make it with prepare_corpus.py"):
+        run(monkeypatch, recipe, tmp_path, tmp_path / "out")
+    run(monkeypatch, recipe, corpus, tmp_path / "out", "--minutes", "0")
+    other = json.loads(json.dumps(RECIPE))
+    other["model"]["sliding_window"] = 32
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="the model has `sliding_window` 32, but that in .* has 64"):
+        run(monkeypatch, tmp_path / "other.json", corpus, tmp_path / "out", "--resume")
+
+
 def test_the_recipe_of_the_repository_makes_a_model_that_fits(corpus):
     """Its weights in bf16 are at most 20 MB with a vocabulary of 4,096, and all of its stages make batches."""
     import pretrain
