@@ -36,7 +36,7 @@ SECTIONS = {
     "optimizer": {"name", "learning_rate", "weight_decay", "warmup_tokens", "answer_weight"},
     "stage": {"name", "length", "batch_tokens", "mixture", "most_tokens"},
 }
-OPTIONAL = {"accuracy", "chunk_topk", "final_learning_rate"}  # of a stage
+OPTIONAL = {"accuracy", "chunk_topk", "final_learning_rate", "retrieval_weight"}  # of a stage
 
 
 def read_recipe(file: Path) -> dict:
@@ -155,21 +155,56 @@ class Meters:
         return result
 
 
-def train_step(model, optimizers, batch, answer_weight: float, meters: Meters, autocast) -> None:
-    input_ids, task, answers, _ = batch
+def train_step(
+    model, optimizers, batch, answer_weight: float, retrieval_weight: float, meters: Meters, autocast
+) -> None:
+    input_ids, task, answers, source = batch
     with autocast:
-        logits = model(input_ids, use_cache=False).logits
-    logits, targets, answers = logits[:, :-1], input_ids[:, 1:], answers[:, 1:]
+        outputs = model(input_ids, use_cache=False, output_retrieval=retrieval_weight > 0)
+    logits, targets, answers = outputs.logits[:, :-1], input_ids[:, 1:], answers[:, 1:]
     per_token = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
     ).view_as(targets)
     weights = torch.where(answers, answer_weight, 1.0)
-    ((per_token * weights).sum() / weights.sum()).backward()
+    loss = (per_token * weights).sum() / weights.sum()
+    if retrieval_weight > 0:
+        loss = loss + retrieval_weight * retrieval_loss(outputs.retrieval, source, model.config.chunk_size)
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     meters.add(task, logits.argmax(-1), targets, answers, per_token.detach())
+
+
+def wanted_chunks(source: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """
+    int64 [B, L]: for the token before each answer token, which predicts it, the chunk that `source` [B, L] (as of
+    `Batches`) is in; -1 for others, and where that chunk is not complete then, so that nothing could retrieve it.
+    """
+    chunk = torch.where(source >= 0, source // chunk_size, -1).roll(-1, dims=1)
+    position = torch.arange(source.shape[1], device=source.device)
+    visible = ((chunk + 1) * chunk_size <= position) & (position < source.shape[1] - 1)
+    return torch.where(visible, chunk, -1)
+
+
+def found_weights(layer, chunk: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, L, retrieval heads]: how much `chunk` [B, L] counts among what was retrieved, 0 if it is not."""
+    return torch.where(layer.indices == chunk[..., None, None], layer.weights, 0.0).sum(-1)
+
+
+def retrieval_loss(retrieval, source: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """
+    Mean over HSA layers, retrieval heads and answer tokens of -log of the weight of the chunk the token is copied
+    from. A chunk that is not among the retrieved gives no gradient.
+    """
+    chunk = wanted_chunks(source, chunk_size)
+    losses = []
+    for layer in retrieval:
+        weight = found_weights(layer, chunk)
+        found = (weight > 0) & (chunk[..., None] >= 0)
+        losses.append(-(weight.clamp(min=1e-20).log() * found).sum() / found.sum().clamp(min=1))
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -178,14 +213,12 @@ def retrieval_recall(model, batch, autocast) -> list[float]:
     input_ids, _, _, source = (x[:16] for x in batch)
     with autocast:
         retrieval = model(input_ids, use_cache=False, output_retrieval=True, logits_to_keep=1).retrieval
-    chunk = source // model.config.chunk_size
-    # Only what lies in a chunk that is complete when the token is predicted can be retrieved.
-    position = torch.arange(-1, source.shape[1] - 1, device=source.device)
-    counts = (source >= 0) & ((chunk + 1) * model.config.chunk_size <= position)
+    chunk = wanted_chunks(source, model.config.chunk_size)
+    wanted = chunk >= 0
     recalls = []
     for layer in retrieval:
-        found = (layer.indices[:, :-1] == chunk[:, 1:, None, None]).flatten(2).any(-1)
-        recalls.append((found & counts[:, 1:]).sum().item() / max(counts.sum().item(), 1))
+        found = (layer.indices == chunk[..., None, None]).flatten(2).any(-1)
+        recalls.append((found & wanted).sum().item() / max(wanted.sum().item(), 1))
     return recalls
 
 
@@ -322,7 +355,8 @@ class Run:
             for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
                 group["lr"] = rate
             weight = self.recipe["optimizer"]["answer_weight"]
-            train_step(self.model, self.optimizers, batch, weight, meters, self.autocast)
+            retrieval_weight = stage.get("retrieval_weight", 0.0)
+            train_step(self.model, self.optimizers, batch, weight, retrieval_weight, meters, self.autocast)
             state["batch"] += 1
             state["tokens"] += per_batch
             since += per_batch

@@ -20,7 +20,9 @@ vt       6 assignments in any order, 2 chains of 3 variables. The question is ab
              | VAR ABCDE = 12345 |   | VAR FGHIJ = VAR ABCDE |   | VAR KLMNO = VAR FGHIJ |
              Which variables are assigned the value 12345? Answer: ABCDE, FGHIJ, KLMNO
 dense    For training: many needles and questions of the above kinds along one sequence, each question at a distance
-         from its needles between two bounds, so that a curriculum can put needles just beyond the window first.
+         from its needles between two bounds, so that a curriculum can put needles just beyond the window first. Also
+         facts in plain English, with words from lists and from the vocabulary of the tokenizer:
+             The locker number of Mabel the cooper is 75738.   What is the locker number of Mabel the cooper? 75738.
 
 The pieces of a template are encoded one by one and joined, so that their tokens are the same in every sample. Nothing
 but `rng` decides what a sample is. Needs no PyTorch; objects can be sent to the workers of a data loader.
@@ -31,13 +33,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from synthetic_text import KINDS_OF_SECRET, NAMES, TRADES
 
 
 NAME_LETTERS = 5
 VALUE_IDS = 7  # tokens of the value in `s_niah`
 MQ_DIGITS = 6
 VT_DIGITS = 5
-KINDS = ("number", "ids", "chain")
+KINDS = ("number", "ids", "chain", "fact")
+
+# Sentences and questions of facts; the number is the answer. The last has the wording of RULER (arXiv 2404.06654).
+FACTS = (
+    (" The {what} of {name} the {trade} is {number}.", " What is the {what} of {name} the {trade}?"),
+    (" {name} the {trade} has the {what} {number}.", " Which {what} has {name} the {trade}?"),
+    (" The {what} {number} belongs to {name} the {trade}.", " Which {what} belongs to {name} the {trade}?"),
+    (
+        " One of the special magic numbers for {trade}-{what} is: {number}.",
+        " What is the special magic number for {trade}-{what} mentioned in the provided text? The special magic "
+        "number for {trade}-{what} mentioned in the provided text is",
+    ),
+)
+FACT_DIGITS = (4, 5, 6, 7)
 
 # How often `dense` tries to find room for an item before it goes on with the next.
 TRIES = 30
@@ -135,6 +151,36 @@ class _Strings:
                 return [np.concatenate([self.space, row]) for row in self.lookup[rows]]
 
 
+class _Facts:
+    """
+    `pool` facts in plain English without their numbers, no two about the same thing, as token ids: what stands before
+    the number, what stands after it, and the question. Half of them take their words from the lists of
+    `synthetic_text`, half from the vocabulary: words that are one token.
+    """
+
+    def __init__(self, encode, vocabulary: list[str], pool: int, seed: int):
+        own = [text[1:] for text in vocabulary if text[:1] == " " and len(text) > 3 and text[1:].isalpha()]
+        own = [word for word in own if word.isascii()]
+        capital, small = [w for w in own if w.istitle()], [w for w in own if w.islower()]
+        lists = {"what": (KINDS_OF_SECRET, small), "name": (NAMES, capital), "trade": (TRADES, small)}
+        rng = np.random.default_rng([seed, pool])
+        facts = {}
+        for template, from_vocabulary in zip(rng.integers(len(FACTS), size=pool), rng.random(pool) < 0.5):
+            words = {slot: (own if from_vocabulary and own else listed) for slot, (listed, own) in lists.items()}
+            words = {slot: words[slot][rng.integers(len(words[slot]))] for slot in words}
+            sentence, question = FACTS[template]
+            facts[tuple(words.values())] = (*sentence.split(" {number}"), question), words
+        texts = [[part.format(**words) for part in parts] for parts, words in facts.values()]
+        columns = ([np.array(ids, np.int64) for ids in encode(list(column))] for column in zip(*texts))
+        self.facts = list(zip(*columns))
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`count` different ones."""
+        if count > len(self.facts):
+            raise ValueError(f"{count} facts need a larger `pool` than {len(self.facts)}.")
+        return [self.facts[i] for i in rng.choice(len(self.facts), count, replace=False)]
+
+
 class RetrievalTasks:
     """
     Generators of the tasks above for one tokenizer.
@@ -143,7 +189,8 @@ class RetrievalTasks:
         tokenizer: of Transformers; not kept.
         value_ids: the range (low, high) that the random ids of `s_niah` are from; all ids by default. Special tokens
             are never drawn.
-        pool: names and numbers are drawn from lists of so many (numbers only where a digit is not always a token).
+        pool: names, facts and numbers are drawn from lists of so many (numbers only where a digit is not always a
+            token).
         pool_seed: of those lists. With different ones, training and evaluation share names only by chance.
     """
 
@@ -161,6 +208,8 @@ class RetrievalTasks:
         self.names = _Strings(encode, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
         self.numbers = _Strings(encode, string.digits, MQ_DIGITS, "1", pool, pool_seed)
         self.vt_numbers = _Strings(encode, string.digits, VT_DIGITS, "1", pool, pool_seed)
+        self.facts = _Facts(encode, tokenizer.batch_decode([[i] for i in range(len(tokenizer))]), pool, pool_seed)
+        self.fact_numbers = [_Strings(encode, string.digits, n, "1", pool, pool_seed) for n in FACT_DIGITS]
         pieces = {
             "bar": " |",
             "key": " | One of the special magic values for long contexts is:",
@@ -180,6 +229,7 @@ class RetrievalTasks:
             "ask_var": " Which variables are assigned the value",
             "answer": "? Answer:",
             "comma": ",",
+            "period": ".",
         }
         self.pieces = {name: np.array(encode(text), dtype=np.int64) for name, text in pieces.items()}
 
@@ -239,7 +289,8 @@ class RetrievalTasks:
 
         Args:
             kinds: what an item may be, drawn at random: "number" (name -> 6 digits), "ids" (name -> 7 random token
-                ids), "chain" (3 assignments in any order, all variables asked for).
+                ids), "chain" (3 assignments in any order, all variables asked for), "fact" (a number of 4 to 7
+                digits, in plain English).
 
         Raises:
             ValueError: if the sequence is too short for an item, or the bounds leave no distance.
@@ -286,6 +337,12 @@ class RetrievalTasks:
         joined = [self._join(("ids_for", name, "is:", value, "bar"), 3)]
         return self._item(joined, ("ask_ids", name, "in_text"), value, [0])
 
+    def _fact_item(self, fact: tuple[np.ndarray, np.ndarray, np.ndarray], number: np.ndarray) -> Item:
+        before, after, question = fact
+        answer = np.concatenate([number, self.pieces["period"]])
+        scored = np.arange(len(answer)) < len(number)
+        return self._item([self._join((before, number, after), 1)], (question,), answer, [0], scored)
+
     def _number_item(self, names: list[np.ndarray], numbers: list[np.ndarray], queries: int) -> Item:
         """A needle a name and number; the first `queries` are asked for. Needles are placed in random order."""
         joined = [self._join(("number_for", name, "is", number, "bar"), 3) for name, number in zip(names, numbers)]
@@ -314,13 +371,17 @@ class RetrievalTasks:
     def _make_items(self, rng, count: int, kinds: Sequence[str]) -> list[Item]:
         """`count` items of random kinds, no name or number being in two."""
         chosen = [kinds[i] for i in rng.integers(len(kinds), size=count).tolist()]
-        names = iter(self.names.draw(rng, sum(3 if kind == "chain" else 1 for kind in chosen)))
+        names = iter(self.names.draw(rng, sum({"chain": 3, "fact": 0}.get(kind, 1) for kind in chosen)))
         numbers = iter(self.numbers.draw(rng, count))
         vt_numbers = iter(self.vt_numbers.draw(rng, count))
         ids = iter(self.value_ids[rng.integers(len(self.value_ids), size=(count, VALUE_IDS))])
+        facts = iter(self.facts.draw(rng, chosen.count("fact")))
         items = []
         for kind in chosen:
-            if kind == "chain":
+            if kind == "fact":
+                digits = self.fact_numbers[rng.integers(len(self.fact_numbers))]
+                items.append(self._fact_item(next(facts), *digits.draw(rng, 1)))
+            elif kind == "chain":
                 items.append(self._chain_item([next(names) for _ in range(3)], [next(vt_numbers)], "all"))
             elif kind == "number":
                 items.append(self._number_item([next(names)], [next(numbers)], 1))

@@ -31,7 +31,7 @@ RECIPE = {
         },
         {
             "name": "far", "length": 512, "batch_tokens": 1024, "most_tokens": 3000, "chunk_topk": 4,
-            "final_learning_rate": 0.1,
+            "final_learning_rate": 0.1, "retrieval_weight": 0.5,
             "mixture": [
                 {"name": "s_niah", "task": "s_niah", "share": 0.4},
                 {"name": "vt", "task": "vt", "share": 0.6, "options": {"score": "all"}},
