@@ -117,7 +117,9 @@ def show_passages(weights: dict[int, float], document: torch.Tensor, chunk_size:
         passage = " ".join(passage.split())
         if answer:
             passage = passage.replace(answer, bold(answer))
-        print(f"   [{line}] {chunk / max(chunks, 1):.0%} of the way, chunk {chunk:,} of {chunks:,}, weight {weight:.2f}")
+        print(
+            f"   [{line}] {chunk / max(chunks, 1):.0%} of the way, chunk {chunk:,} of {chunks:,}, weight {weight:.2f}"
+        )
         print(f"   ... {passage} ...")
     if not shown:
         print(f"   no passage has a weight of {LEAST_WEIGHT} or more")

@@ -1,5 +1,10 @@
 """Small models, comparisons and a plain flash attention, shared by the tests."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,3 +101,27 @@ def attend_sequences(q, k, v, bounds_q, bounds_k, max_q, max_k, scale, causal, w
     assert max(lengths_q) <= int(max_q) and max(lengths_k) <= int(max_k)
     sequences = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
     return torch.cat([attend(*sequence, scale, causal, window) for sequence in sequences])
+
+
+BLOCK_THE_PACKAGE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_hsa", "configuration_hsa"):
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_without_the_package(code: str, folder: Path, *arguments: str) -> str:
+    """What `code` prints in a fresh, offline process that cannot import the package, in `folder`, with `arguments`."""
+    (folder / "script.py").write_text(BLOCK_THE_PACKAGE + code, encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as here, for bitwise equal sums
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "script.py", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -5,10 +5,7 @@ package is installed and where it is not.
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -32,7 +29,7 @@ from modeling_hsa import (
     HSAForTokenClassification,
     HSAModel,
 )
-from tests.helpers import tiny_config, tiny_model
+from tests.helpers import run_without_the_package, tiny_config, tiny_model
 
 
 AUTO_CLASSES = {
@@ -186,13 +183,6 @@ WITHOUT_THE_PACKAGE = """
 import json, sys
 from pathlib import Path
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_hsa", "configuration_hsa"):
-            raise ModuleNotFoundError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocked())
-
 import torch
 import transformers
 
@@ -229,13 +219,8 @@ def elsewhere(folder, tmp_path_factory) -> Path:
     """What a fresh process that cannot import the package made of the saved folder."""
     here = tmp_path_factory.mktemp("elsewhere")
     torch.save(prompt(), here / "prompt.pt")
-    (here / "script.py").write_text(WITHOUT_THE_PACKAGE)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(here / "modules")}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # as here, for bitwise equal sums
-    environment.pop("PYTHONPATH", None)
-    arguments = [sys.executable, "script.py", folder, here / "again", *(auto.__name__ for auto in AUTO_CLASSES)]
-    done = subprocess.run(arguments, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = (str(folder), str(here / "again"), *(auto.__name__ for auto in AUTO_CLASSES))
+    run_without_the_package(WITHOUT_THE_PACKAGE, here, *arguments)
     return here
 
 

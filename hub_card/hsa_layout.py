@@ -1,0 +1,250 @@
+"""
+Where the tokens of a call stand: which document they belong to, how far into it they are, and so what they may see.
+
+Padding is absent, not masked: positions count real tokens only, and the chunk grid of a row starts at its first real
+token, so that a padded row equals the same row alone. A position id that does not increase starts a new document
+(packed rows, as `DataCollatorWithFlattening` makes them); neither window nor retrieval crosses into an earlier one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .hsa_ops_library import count_from
+
+
+class RowState(NamedTuple):
+    """What earlier calls left behind, per row; [B] tensors. An empty row has -1, 0, -1."""
+
+    position: torch.Tensor  # of the last token in its document
+    first_chunk: torch.Tensor  # index, in the chunk memory of the row, of the first chunk of that document
+    position_id: torch.Tensor  # RoPE position of the last token
+
+
+class TokenLayout(NamedTuple):
+    """
+    Layout of the L tokens of a call; n is 1 where all rows agree, else B.
+
+    "Aligned order" is the order of the tokens with the padding of each row moved to its left end.
+    """
+
+    # [n, L] RoPE positions.
+    position_ids: torch.Tensor
+    # [n, L] How many tokens of its document come before a token; 0 for padding.
+    position: torch.Tensor
+    # [n, L] A token sees chunk i of the memory iff first_chunk <= i < first_chunk + position // S.
+    first_chunk: torch.Tensor
+    # [B, L] The permutation to aligned order; None if nothing has to move.
+    order: torch.Tensor | None
+    # [B, L] in aligned order: whether a token is real; None if all are.
+    real: torch.Tensor | None
+    # Tokens before this call, where all rows agree and nothing is padded or packed. The next two are then None.
+    past: int | None
+    # [B, L] in aligned order: whether a token completes a chunk.
+    chunk_end: torch.Tensor | None
+    # [B] Chunks of earlier calls.
+    num_chunks: torch.Tensor | None
+    # Whether the tokens of a row are all of one document; False also where finding out would wait for the device.
+    one_document: bool
+    # What layers compute from the layout and share, such as masks, by a key of their own.
+    shared: dict
+    # One token per row, read into an `HSAStaticCache` as a step of fixed shapes.
+    is_step: bool = False
+
+    @property
+    def counts(self) -> torch.Tensor | None:
+        """[B] real tokens of the call, None if all are."""
+        return None if self.real is None else self.real.sum(1)
+
+    @property
+    def is_real(self) -> torch.Tensor:
+        """[n, L] in aligned order: whether a token is real."""
+        return torch.ones_like(self.position, dtype=torch.bool) if self.real is None else self.real
+
+    def to(self, device) -> "TokenLayout":
+        """The layout on another device, for models spread over several."""
+        moved = TokenLayout(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
+        return moved._replace(shared={})
+
+    def share(self, key: tuple, make: Callable):
+        """`make()`, made once for all layers that ask for `key`."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def visible(self, chunk_size: int, stride: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(first, end)` [n, L] of the visible chunks; with a stride, of those its first token sees."""
+        position = self.position - self.position % stride
+        return self.first_chunk, self.first_chunk + position // chunk_size
+
+    def reach(self, window: int) -> torch.Tensor:
+        """[n, L]: how many tokens back the window of a token goes inside its document."""
+        return self.position.clamp(max=window - 1)
+
+    def align(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, ..., L, D] with the padding of each row moved to the left."""
+        return x if self.order is None else _permute_tokens(x, self.order)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """Undoes `align`."""
+        return x if self.order is None else _permute_tokens(x, self.order.argsort(dim=-1))
+
+
+def _permute_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    order = order.view(order.shape[0], *[1] * (x.dim() - 3), order.shape[1], 1)
+    return x.gather(-2, order.expand(x.shape))
+
+
+def build_layout(
+    batch: int,
+    length: int,
+    device: torch.device,
+    chunk_size: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache=None,
+) -> TokenLayout:
+    """
+    Args:
+        attention_mask: [B, past + L], nonzero for real tokens, or None for no padding.
+        position_ids: int64 [1 | B, L], or None to count on from the cache.
+        cache: the [`HSACache`] of the call, or None.
+
+    Raises:
+        ValueError: for a mask or position ids whose shape does not fit.
+    """
+    if position_ids is not None and not isinstance(position_ids, torch.Tensor):
+        raise TypeError(f"`position_ids` must be a tensor [batch, tokens], got {type(position_ids).__name__}.")
+    if position_ids is not None and (position_ids.is_floating_point() or position_ids.dtype == torch.bool):
+        raise ValueError(f"`position_ids` must be integers, got {position_ids.dtype}.")
+    if position_ids is not None and (
+        position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch)
+    ):
+        raise ValueError(f"`position_ids` must have the shape [{batch}, {length}], got {list(position_ids.shape)}.")
+
+    layout = None if cache is None else cache.begin(length, attention_mask, position_ids)
+    if layout is not None:
+        return layout
+    columns = cache.get_seq_length() if cache is not None else 0
+    real = _new_columns(attention_mask, batch, columns, length)
+    past = cache.past if cache is not None else 0
+    right_aligned = contiguous = real is None
+    if real is not None and not torch.compiler.is_compiling():  # compiled, rows count as padded in any way
+        # The one place that looks at the values of the mask; on an accelerator this waits for them.
+        starts = torch.nn.functional.pad(real.int(), (1, 0)).diff(dim=1) > 0
+        blocks = starts.sum(1)
+        facts = torch.stack([real.all(), (real[:, -1] & (blocks == 1)).all(), (blocks < 2).all()])
+        full, right_aligned, contiguous = facts.tolist()
+        real = None if full else real
+    if real is None and past is not None:
+        expected = count_from(past, length, device)[None]
+        if (
+            position_ids is None
+            or (cache is not None or attention_mask is not None)
+            and _equal(position_ids, expected)
+        ):
+            return TokenLayout(expected, expected, torch.zeros_like(expected), None, None, past, None, None, True, {})
+
+    if cache is None:
+        state = RowState(*(torch.full((batch,), value, device=device) for value in (-1, 0, -1)))
+    else:
+        state = cache.row_state(batch, device)
+    # With a mask or a cache the call waits for the device anyway. Packed training, which has neither, does not.
+    look = (attention_mask is not None or cache is not None) and not torch.compiler.is_compiling()
+    layout = _general_layout(batch, length, device, chunk_size, real, position_ids, state, look)
+    if real is not None and not right_aligned and (cache is not None or not contiguous):
+        order = real.int().argsort(dim=1, stable=True)
+        layout = layout._replace(order=order, real=real.gather(1, order), chunk_end=layout.chunk_end.gather(1, order))
+    return layout
+
+
+def _equal(position_ids: torch.Tensor, expected: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool((position_ids == expected).all())
+
+
+def _new_columns(attention_mask, batch: int, columns: int, length: int):
+    """The columns of the mask that belong to this call, as bool [B, L]."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"`attention_mask` must be a tensor [batch, tokens], got {type(attention_mask).__name__}.")
+    if attention_mask.dim() != 2 or attention_mask.shape != (batch, columns + length):
+        raise ValueError(
+            f"`attention_mask` must have the shape [{batch}, {columns + length}] (batch, cached + new tokens), got "
+            f"{list(attention_mask.shape)}. Masks of other shapes have no meaning for a model that selects chunks."
+        )
+    return attention_mask[:, columns:] != 0
+
+
+def _general_layout(batch, length, device, chunk_size, real, position_ids, state: RowState, look) -> TokenLayout:
+    """
+    The layout by counting, for rows that are padded, packed or continued at different lengths. `look`: whether to find
+    out from given position ids if documents start inside a row.
+    """
+    is_padded = real is not None
+    if not is_padded:
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    slot = torch.arange(length, device=device)[None]
+    before = lambda x, fill: torch.cat([fill[:, None], x[:, :-1]], dim=1)  # noqa: E731
+
+    starts = torch.zeros_like(real)
+    if position_ids is not None:
+        position_ids = position_ids.expand(batch, -1)
+        last_real = torch.where(real, slot, -1).cummax(1).values
+        last_id = torch.where(
+            last_real < 0, state.position_id[:, None], position_ids.gather(1, last_real.clamp(min=0))
+        )
+        starts = real & (position_ids <= before(last_id, state.position_id))
+
+    tokens = real.cumsum(1) - 1
+    one_document = position_ids is None or length == 1 or (look and not bool((starts & (tokens > 0)).any()))
+    tokens_at_start = torch.where(starts, tokens, -1).cummax(1).values
+    position = torch.where(tokens_at_start >= 0, tokens - tokens_at_start, state.position[:, None] + 1 + tokens)
+
+    chunk_end = real & (position % chunk_size == chunk_size - 1)
+    num_chunks = state.first_chunk + (state.position + 1) // chunk_size
+    chunks = num_chunks[:, None] + chunk_end.cumsum(1)
+    chunks_at_start = torch.where(starts, before(chunks, num_chunks), -1).cummax(1).values
+    first_chunk = torch.where(chunks_at_start >= 0, chunks_at_start, state.first_chunk[:, None])
+
+    position = position.masked_fill(~real, 0)
+    if position_ids is None:
+        position_ids = (state.position_id[:, None] + 1 + tokens).masked_fill(~real, 0)
+    real = real if is_padded else None
+    return TokenLayout(position_ids, position, first_chunk, None, real, None, chunk_end, num_chunks, one_document, {})
+
+
+def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int, has_history: bool) -> torch.Tensor:
+    """
+    The chunks that a call completes.
+
+    Args:
+        hidden_states: [B, N + L, D], the L tokens of the call in aligned order, after the N last ones of earlier
+        calls.
+
+    Returns:
+        [B, n, S, D]. Where rows complete different numbers of chunks, those beyond the number of a row are arbitrary.
+    """
+    batch, total, dim = hidden_states.shape
+    length = layout.position.shape[1]
+    if layout.is_step:  # of the last S tokens, whether they are a chunk or not
+        return hidden_states[:, None]
+    if layout.past is not None:
+        rest = layout.past % chunk_size
+        n = (rest + length) // chunk_size
+        start = total - length - rest
+        return hidden_states[:, start : start + n * chunk_size].unflatten(1, (n, chunk_size))
+    ends = layout.chunk_end
+    if has_history:
+        n = int(ends.sum(1).max())
+    else:
+        n = length // chunk_size
+    rank = torch.where(ends, ends.cumsum(1) - 1, n)
+    slot = torch.arange(length, device=ends.device).expand_as(ends)
+    last = torch.full((batch, n + 1), chunk_size - 1, device=ends.device).scatter(1, rank, slot + total - length)[
+        :, :n
+    ]
+    tokens = last[..., None] + torch.arange(1 - chunk_size, 1, device=ends.device)
+    tokens = tokens.clamp(min=0).flatten(1)[..., None].expand(-1, -1, dim)
+    return hidden_states.gather(1, tokens).unflatten(1, (n, chunk_size))

@@ -1,0 +1,566 @@
+"""
+Chunk attention in Triton.
+
+Query heads that share both their chunks and their keys and values form a group of G heads: there are
+`GROUPS = max(Hr, Hkv)` groups, and group g has key/value head `g * Hkv // GROUPS` and the chunks of retrieval head
+`g * Hr // GROUPS`.
+
+Forward and the gradient of q: neighbouring queries retrieve mostly the same chunks, so a program takes a block of
+queries of one group, as many as fill the tensor cores, and walks the union of their chunks. A chunk is read once for
+the block; rows that did not retrieve it give it the weight 0. The softmax of a chunk is complete when the chunk is
+read, so nothing has to be rescaled later (but for `joint`, which is one softmax, kept online).
+
+Gradients of k and v: a program takes the (query, slot) pairs that retrieved one chunk from the inverted index, in
+tiles of as many rows, and sums over them: time is linear in the pairs. This gives the gradients of the weights, too.
+
+Nothing uses atomics: results are the same every time.
+"""
+
+import torch
+
+from .hsa_ops_inverted_index import invert
+from .hsa_ops_triton_utils import device_limits, on_device, tl, triton
+
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# -- the union of the chunks of a block of queries --------------------------------------------------------------------
+
+
+@triton.jit
+def _union_kernel(
+    indices, union, counts, blocks_in_all, blocks, length,
+    HEADS: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """
+    Grid: (blocks of queries of all rows and retrieval heads / ROWS). Sorts the BLOCK * TOPK indices of each of ROWS
+    blocks, descending, and keeps each once. They go through `union` to be compared with their neighbours.
+    """
+    program = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = program < blocks_in_all
+    block = program % blocks
+    head = (program // blocks) % HEADS
+    row = program // (blocks * HEADS)
+
+    entry = tl.arange(0, SIZE)
+    in_block = known[:, None] & (entry < BLOCK * TOPK)[None, :]
+    token = block[:, None] * BLOCK + (entry // TOPK)[None, :]
+    source = ((row[:, None] * length + token) * HEADS + head[:, None]) * TOPK + (entry % TOPK)[None, :]
+    chunks = tl.load(indices + source, mask=in_block & (token < length), other=-1).to(tl.int32)
+    chunks = tl.sort(chunks, descending=True)
+
+    target = union + program[:, None] * (BLOCK * TOPK) + entry[None, :]
+    tl.store(target, chunks, mask=in_block)
+    tl.debug_barrier()
+    nearer = tl.load(target - 1, mask=in_block & (entry > 0)[None, :], other=-1)
+    tl.debug_barrier()
+    new = in_block & (chunks >= 0) & (chunks != nearer)
+    place = tl.cumsum(new.to(tl.int32), 1) - 1
+    tl.store(union + program[:, None] * (BLOCK * TOPK) + place, chunks, mask=new)
+    tl.store(counts + program, tl.sum(new.to(tl.int32), 1), mask=known)
+
+
+# -- parts of the kernels ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _query_block(
+    indices, weights, union, counts, length, blocks,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
+    TOPK: tl.constexpr, TOPK_: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr,
+):  # fmt: skip
+    """
+    What falls to a program whose first axis of the grid counts the blocks of queries of all rows and groups.
+
+    Returns: the row and the key/value head; for each line of the tile the place of its (token, head) in [B, L, Hq] and
+    whether there is one; the chunks and (but for `joint`) the weights of the queries, [BLOCK, TOPK_]; where the chunks
+    to walk are listed, and how many.
+    """
+    block = tl.program_id(0) % blocks
+    group = (tl.program_id(0) // blocks) % GROUPS
+    row = (tl.program_id(0) // blocks // GROUPS).to(tl.int64)
+    kv_head = group * KV_HEADS // GROUPS
+    retrieval_head = group * RETRIEVAL_HEADS // GROUPS
+    first_token = row * length + block * BLOCK
+
+    query, slot = tl.arange(0, BLOCK), tl.arange(0, TOPK_)
+    retrieved = ((first_token + query[:, None]) * RETRIEVAL_HEADS + retrieval_head) * TOPK + slot[None, :]
+    known = (block * BLOCK + query < length)[:, None] & (slot < TOPK)[None, :]
+    chunks = tl.load(indices + retrieved, mask=known, other=-1).to(tl.int32)
+    chunk_weights = chunks
+    if not JOINT:
+        chunk_weights = tl.load(weights + retrieved, mask=known, other=0.0).to(tl.float32)
+
+    line = tl.arange(0, BLOCK * LINES)
+    seen = (block * BLOCK + line // LINES < length) & (line % LINES < G)
+    offset = (first_token + line // LINES) * (GROUPS * G) + group * G + line % LINES
+    if BLOCK == 1:  # the chunks of the query as they are, absent ones with the weight 0
+        walk = indices + (first_token * RETRIEVAL_HEADS + retrieval_head) * TOPK
+        count = TOPK
+    else:
+        block_id = (row * RETRIEVAL_HEADS + retrieval_head) * blocks + block
+        walk = union + block_id * (BLOCK * TOPK)
+        count = tl.load(counts + block_id)
+    return row, kv_head, offset, seen, chunks, chunk_weights, walk, count
+
+
+@triton.jit
+def _load_tile(x, stride, position, column, rows, D: tl.constexpr):
+    """The first `rows` rows of x, [rows, D], `stride` apart, as [S_, D_]; 0 beyond."""
+    mask = (position < rows)[:, None] & (column < D)[None, :]
+    return tl.load(x + position[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _per_line(x, BLOCK: tl.constexpr, LINES: tl.constexpr):
+    """x [BLOCK], one per query -> [BLOCK * LINES], one per row of the tile."""
+    return tl.reshape(tl.broadcast_to(x[:, None], [BLOCK, LINES]), [BLOCK * LINES])
+
+
+@triton.jit
+def _scores(q, keys, scale, position, S: tl.constexpr, S_: tl.constexpr, PRECISION: tl.constexpr):
+    """Scaled scores to the base 2, [rows, S_]; -inf beyond S."""
+    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (scale * _LOG2E)
+    if S != S_:
+        scores = tl.where((position < S)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _softmax(scores):
+    probs = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    return probs / tl.sum(probs, 1)[:, None]
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, weights, indices, union, counts, out, lse,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, batch, length, blocks, scale,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
+    TOPK: tl.constexpr, TOPK_: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
+    BLOCK: tl.constexpr, LINES: tl.constexpr, SPLITS: tl.constexpr, JOINT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """
+    Grid: (blocks of queries of all rows and groups, SPLITS). A program keeps its queries [BLOCK * LINES, D] and its
+    output, and streams the chunks of its part of the union, K and V of STAGES chunks at a time in shared memory. A
+    query has LINES >= G rows, one per head of the group.
+
+    With SPLITS > 1 (few queries) `out` is fp32 [SPLITS, B, L, Hq, D] and `lse` [SPLITS, B, L, Hq], for
+    `_combine_kernel`.
+    """
+    row, kv_head, offset, seen, chunks, chunk_weights, walk, count = _query_block(
+        indices, weights, union, counts, length, blocks,
+        GROUPS, RETRIEVAL_HEADS, KV_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+    )  # fmt: skip
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
+    elements = offset[:, None] * D + column[None, :]
+    inside = seen[:, None] & (column < D)[None, :]
+    q_tile = tl.load(q + elements, mask=inside, other=0.0)
+    k += row * stride_kb + kv_head * stride_kh
+    v += row * stride_vb + kv_head * stride_vh
+    split = tl.program_id(1)
+    part = (count + SPLITS - 1) // SPLITS
+
+    acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
+    top = tl.full([BLOCK * LINES], float("-inf"), dtype=tl.float32)
+    mass = tl.zeros([BLOCK * LINES], dtype=tl.float32)
+    for j in tl.range(split * part, tl.minimum(split * part + part, count), num_stages=STAGES):
+        chunk = tl.load(walk + j).to(tl.int32)
+        first_row = tl.maximum(chunk, 0).to(tl.int64) * S
+        rows = tl.where(chunk >= 0, S, 0)
+        keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
+        values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
+        scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+        has = (chunks == chunk) & (chunks >= 0)
+        if JOINT:
+            has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
+            scores = tl.where(has_line[:, None], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            probs = tl.exp2(scores - finite_top[:, None])
+            shrink = tl.exp2(top - finite_top)
+            acc = acc * shrink[:, None]
+            mass = mass * shrink + tl.sum(probs, 1)
+            top = new_top
+        else:
+            weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
+            probs = tl.exp2(scores - tl.max(scores, 1)[:, None])
+            probs = probs * (weight / tl.sum(probs, 1))[:, None]
+        acc = tl.dot(probs.to(values.dtype), values, acc, input_precision=PRECISION)
+
+    if SPLITS > 1:
+        offset += split.to(tl.int64) * batch * length * (GROUPS * G)
+        elements = offset[:, None] * D + column[None, :]
+    if JOINT:
+        acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+        tl.store(lse + offset, tl.where(mass > 0, top + tl.log2(mass), float("-inf")), mask=seen)
+    tl.store(out + elements, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_kernel(
+    parts, part_lse, out, lse, rows,
+    SPLITS: tl.constexpr, SPLITS_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr, JOINT: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows of [B, L, Hq]). Adds up the parts [SPLITS, rows, D] of the output; `joint` by their masses."""
+    row = tl.program_id(0).to(tl.int64)
+    split, column = tl.arange(0, SPLITS_), tl.arange(0, D_)
+    source = split.to(tl.int64) * rows + row
+    inside = (split < SPLITS)[:, None] & (column < D)[None, :]
+    x = tl.load(parts + source[:, None] * D + column[None, :], mask=inside, other=0.0)
+    if JOINT:
+        lses = tl.load(part_lse + source, mask=split < SPLITS, other=float("-inf"))
+        top = tl.max(lses, 0)
+        finite_top = tl.where(top == float("-inf"), 0.0, top)
+        mass = tl.exp2(lses - finite_top)
+        total = tl.sum(mass, 0)
+        x = x * (mass / tl.where(total > 0, total, 1.0))[:, None]
+        tl.store(lse + row, tl.where(total > 0, top + tl.log2(total), float("-inf")))
+    tl.store(out + row * D + column, tl.sum(x, 0).to(out.dtype.element_ty), mask=column < D)
+
+
+# -- gradient of the queries ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, length, blocks, scale,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
+    TOPK: tl.constexpr, TOPK_: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
+    BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """
+    Grid and memory plan as in `_forward_kernel`, without splits; d_out stays beside the queries. `joint` leaves
+    `delta = d_out . out` [B, L, Hq] for the gradients of keys and values.
+    """
+    row, kv_head, offset, seen, chunks, chunk_weights, walk, count = _query_block(
+        indices, weights, union, counts, length, blocks,
+        GROUPS, RETRIEVAL_HEADS, KV_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+    )  # fmt: skip
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
+    elements = offset[:, None] * D + column[None, :]
+    inside = seen[:, None] & (column < D)[None, :]
+    q_tile = tl.load(q + elements, mask=inside, other=0.0)
+    d_out_tile = tl.load(d_out + elements, mask=inside, other=0.0)
+    if JOINT:
+        line_lse = tl.load(lse + offset, mask=seen, other=0.0)
+        out_tile = tl.load(out + elements, mask=inside, other=0.0)
+        line_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
+        tl.store(delta + offset, line_delta, mask=seen)
+    k += row * stride_kb + kv_head * stride_kh
+    v += row * stride_vb + kv_head * stride_vh
+
+    acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
+    for j in tl.range(0, count, num_stages=STAGES):
+        chunk = tl.load(walk + j).to(tl.int32)
+        first_row = tl.maximum(chunk, 0).to(tl.int64) * S
+        rows = tl.where(chunk >= 0, S, 0)
+        keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
+        values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
+        scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+        d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
+        has = (chunks == chunk) & (chunks >= 0)
+        if JOINT:
+            has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
+            probs = tl.exp2(tl.where(has_line[:, None], scores - line_lse[:, None], float("-inf")))
+            d_scores = probs * (d_probs - line_delta[:, None])
+        else:
+            weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
+            probs = _softmax(scores)
+            chunk_delta = tl.sum(probs * d_probs, 1)
+            d_scores = probs * (d_probs - chunk_delta[:, None]) * weight[:, None]
+        acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    tl.store(d_q + elements, (acc * scale).to(d_q.dtype.element_ty), mask=inside)
+
+
+# -- gradients of keys, values and weights ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _chunk_gradient_kernel(
+    q, k, v, weights, lse, delta, d_out, d_k, d_v, d_weights, partial_k, partial_v,
+    pairs, segment_chunk, segment_start, segment_end, segment_slot,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, chunks_in_all, num_chunks, scale,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
+    HEADS: tl.constexpr, SHARE: tl.constexpr,
+    TOPK: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
+    BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """
+    Grid: (segments of the inverted index, SHARE). A program keeps K and V of its chunk and their gradients, and
+    streams q and d_out of BLOCK pairs at a time, [BLOCK * LINES, D]. The index has HEADS = min(Hr, Hkv) heads, and
+    SHARE = GROUPS / Hr groups share a retrieval head.
+    """
+    segment = tl.program_id(0)
+    chunk_id = tl.load(segment_chunk + segment).to(tl.int64)
+    if chunk_id >= chunks_in_all:
+        return
+    share = tl.program_id(1)
+    chunk = chunk_id % num_chunks
+    row = chunk_id // (num_chunks * HEADS)
+    kv_head = (chunk_id // num_chunks) % HEADS * (KV_HEADS // HEADS) + share
+
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
+    k += row * stride_kb + chunk * S * stride_kt + kv_head * stride_kh
+    v += row * stride_vb + chunk * S * stride_vt + kv_head * stride_vh
+    in_chunk = (position < S)[:, None] & (column < D)[None, :]
+    keys = _load_tile(k, stride_kt, position, column, S, D)
+    values = _load_tile(v, stride_vt, position, column, S, D)
+
+    acc_k = tl.zeros([S_, D_], dtype=tl.float32)
+    acc_v = tl.zeros([S_, D_], dtype=tl.float32)
+    start, end = tl.load(segment_start + segment), tl.load(segment_end + segment)
+    line, query = tl.arange(0, BLOCK * LINES), tl.arange(0, BLOCK)
+    for i in tl.range(start, end, BLOCK, num_stages=STAGES):
+        pair = tl.load(pairs + i + line // LINES, mask=i + line // LINES < end, other=0)
+        seen = (i + line // LINES < end) & (line % LINES < G)
+        group = (pair // TOPK) % RETRIEVAL_HEADS * SHARE + share
+        offset = (pair // (TOPK * RETRIEVAL_HEADS)).to(tl.int64) * (GROUPS * G) + group * G + line % LINES
+        elements = offset[:, None] * D + column[None, :]
+        inside = seen[:, None] & (column < D)[None, :]
+        q_tile = tl.load(q + elements, mask=inside, other=0.0)
+        d_out_tile = tl.load(d_out + elements, mask=inside, other=0.0)
+        scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+        d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
+        if JOINT:
+            line_lse = tl.load(lse + offset, mask=seen, other=float("inf"))
+            line_delta = tl.load(delta + offset, mask=seen, other=0.0)
+            probs = tl.exp2(scores - line_lse[:, None])
+            d_scores = probs * (d_probs - line_delta[:, None])
+        else:
+            probs = _softmax(scores)
+            chunk_delta = tl.sum(probs * d_probs, 1)
+            weight = tl.load(weights + pair, mask=seen, other=0.0).to(tl.float32)
+            d_scores = probs * (d_probs - chunk_delta[:, None]) * weight[:, None]
+            probs = probs * weight[:, None]
+            target = tl.load(pairs + i + query, mask=i + query < end, other=0).to(tl.int64) * SHARE + share
+            d_weight = tl.sum(tl.reshape(chunk_delta, [BLOCK, LINES]), 1)
+            tl.store(d_weights + target, d_weight, mask=i + query < end)
+        acc_v = tl.dot(tl.trans(probs.to(d_out_tile.dtype)), d_out_tile, acc_v, input_precision=PRECISION)
+        acc_k = tl.dot(tl.trans(d_scores.to(q_tile.dtype)), q_tile, acc_k, input_precision=PRECISION)
+
+    acc_k *= scale
+    place = tl.load(segment_slot + segment).to(tl.int64)
+    if place < 0:
+        head_row = ((row * num_chunks + chunk) * S + position) * KV_HEADS + kv_head
+        elements = head_row[:, None] * D + column[None, :]
+        tl.store(d_k + elements, acc_k.to(d_k.dtype.element_ty), mask=in_chunk)
+        tl.store(d_v + elements, acc_v.to(d_v.dtype.element_ty), mask=in_chunk)
+    else:
+        elements = ((place * SHARE + share) * S + position)[:, None] * D + column[None, :]
+        tl.store(partial_k + elements, acc_k, mask=in_chunk)
+        tl.store(partial_v + elements, acc_v, mask=in_chunk)
+
+
+@triton.jit
+def _add_segments_kernel(
+    d_k, d_v, partial_k, partial_v, first_slot, num_segments, num_chunks,
+    SHARE: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
+):  # fmt: skip
+    """Grid: (chunks of the index, SHARE). Adds up the segments of a chunk that has several."""
+    chunk_id, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count = tl.load(num_segments + chunk_id)
+    if count == 1:
+        return
+    slot = tl.load(first_slot + chunk_id).to(tl.int64)
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
+    in_chunk = (position < S)[:, None] & (column < D)[None, :]
+    sum_k = tl.zeros([S_, D_], dtype=tl.float32)
+    sum_v = tl.zeros([S_, D_], dtype=tl.float32)
+    for i in range(count):
+        first = ((slot + i) * SHARE + share) * (S * D)
+        sum_k += _load_tile(partial_k + first, D, position, column, S, D)
+        sum_v += _load_tile(partial_v + first, D, position, column, S, D)
+    kv_heads = HEADS * SHARE
+    head = (chunk_id // num_chunks) % HEADS * SHARE + share
+    token = (chunk_id // (num_chunks * HEADS) * num_chunks + chunk_id % num_chunks) * S + position
+    elements = (token[:, None] * kv_heads + head) * D + column[None, :]
+    tl.store(d_k + elements, sum_k.to(d_k.dtype.element_ty), mask=in_chunk)
+    tl.store(d_v + elements, sum_v.to(d_v.dtype.element_ty), mask=in_chunk)
+
+
+# -- launches ---------------------------------------------------------------------------------------------------------
+
+
+class _Plan:
+    """Sizes of the kernels for a call."""
+
+    def __init__(self, q, k, indices, chunk_size: int):
+        self.batch, self.length, num_heads, head_dim = q.shape
+        retrieval_heads, topk = indices.shape[2:]
+        kv_heads = k.shape[2]
+        groups = max(retrieval_heads, kv_heads)
+        self.multiprocessors, self.shared_memory = device_limits(q.device)
+        self.element = q.element_size()
+        self.group = num_heads // groups
+        self.lines = triton.next_power_of_2(self.group)
+        self.sizes = {
+            "GROUPS": groups,
+            "RETRIEVAL_HEADS": retrieval_heads,
+            "KV_HEADS": kv_heads,
+            "G": self.group,
+            "TOPK": topk,
+            "S": chunk_size,
+            "S_": triton.next_power_of_2(chunk_size),
+            "D": head_dim,
+            "D_": triton.next_power_of_2(head_dim),
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        }
+        self.chunk_bytes = 2 * self.element * self.sizes["S_"] * self.sizes["D_"]  # keys and values
+
+    @property
+    def topk(self) -> int:
+        return self.sizes["TOPK"]
+
+    @property
+    def programs(self) -> int:
+        """Programs if each has one query."""
+        return self.batch * self.length * self.sizes["GROUPS"]
+
+    def tile(self, rows: int, most: int = 1 << 20) -> dict[str, int]:
+        """BLOCK and LINES of a tile of `rows` rows, with at most `most` queries. The tensor cores need 16 rows."""
+        block = min(max(1, rows // self.lines), most)
+        return {"BLOCK": block, "LINES": max(self.lines, 16 // block)}
+
+    def streaming(self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int, most: int = 3) -> dict[str, int]:
+        """How many stages of `stage_bytes` fit beside `fixed_bytes` of shared memory, and how many warps."""
+        rows = tile["BLOCK"] * tile["LINES"]
+        scores = 2 * rows * self.sizes["S_"] * self.element
+        stages = max(1, min(most, (self.shared_memory - fixed_bytes - scores) // stage_bytes))
+        return {"STAGES": stages, "num_warps": 8 if rows * self.sizes["D_"] > 64 * 128 else 4}
+
+
+def _rows(plan: _Plan) -> int:
+    """Rows of a tile: what fills the tensor cores; fewer in fp32, which has no use for them."""
+    wide = plan.sizes["D_"] > 128 or plan.sizes["S_"] > 64
+    return (16 if wide else 32) if plan.element == 4 else 64
+
+
+def _strides(k: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    return (*k.stride()[:3], *v.stride()[:3])
+
+
+def _union(indices: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunks of every block of queries, each once: int32 [B, Hr, blocks, block * K]; how many: [B, Hr, blocks]."""
+    batch, length, heads, topk = indices.shape
+    if block == 1:
+        return indices, indices  # not looked at
+    blocks = triton.cdiv(length, block)
+    union = torch.empty(batch, heads, blocks, block * topk, dtype=torch.int32, device=indices.device)
+    counts = torch.empty(batch, heads, blocks, dtype=torch.int32, device=indices.device)
+    size = triton.next_power_of_2(block * topk)
+    rows = max(1, 256 // size)
+    _union_kernel[(triton.cdiv(counts.numel(), rows),)](
+        indices, union, counts, counts.numel(), blocks, length,
+        HEADS=heads, TOPK=topk, BLOCK=block, SIZE=size, ROWS=rows, num_warps=4 if size > 256 else 1,
+    )  # fmt: skip
+    return union, counts
+
+
+def _most_queries(topk: int, length: int) -> int:
+    """Queries of a block whose indices can still be sorted by one program."""
+    return min(max(1, triton.next_power_of_2(1024 // topk + 1) // 2), triton.next_power_of_2(length))
+
+
+def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
+    """The operator `chunk_attention` of `library`; the log-sum-exp of `joint` is to the base 2."""
+    q, indices = q.contiguous(), indices.contiguous()
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    joint = weights is None
+    weights = indices if joint else weights.contiguous()  # not looked at for `joint`
+    plan = _Plan(q, k, indices, chunk_size)
+    # Few queries, as in decoding: a program per query and part of its chunks.
+    few = plan.programs <= plan.multiprocessors
+    splits = min(plan.topk, max(1, 2 * plan.multiprocessors // plan.programs)) if few else 1
+    tile = plan.tile(16 if few else _rows(plan), 1 if few else _most_queries(plan.topk, plan.length))
+    blocks = triton.cdiv(plan.length, tile["BLOCK"])
+
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3] if joint else 0, dtype=torch.float32, device=q.device)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+    rows_bytes = tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
+    with on_device(q):
+        union, counts = _union(indices, tile["BLOCK"])
+        _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
+            q, k, v, weights, indices, union, counts, parts, part_lse,
+            *_strides(k, v), plan.batch, plan.length, blocks, scale,
+            TOPK_=triton.next_power_of_2(plan.topk), SPLITS=splits, JOINT=joint, **plan.sizes, **tile,
+            **plan.streaming(tile, plan.chunk_bytes, rows_bytes),
+        )  # fmt: skip
+        if splits > 1:
+            rows = out.numel() // out.shape[-1]
+            _combine_kernel[(rows,)](
+                parts, part_lse, out, lse, rows, SPLITS=splits, SPLITS_=triton.next_power_of_2(splits),
+                D=plan.sizes["D"], D_=plan.sizes["D_"], JOINT=joint, num_warps=1,
+            )  # fmt: skip
+    return out, lse
+
+
+def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_size, scale):
+    """The operator `chunk_attention_backward` of `library`."""
+    q, indices, d_out, out = (x.contiguous() for x in (q, indices, d_out, out))
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    joint = weights is None
+    given, weights = weights, indices if joint else weights.contiguous()
+    plan = _Plan(q, k, indices, chunk_size)
+    tile = plan.tile(_rows(plan), _most_queries(plan.topk, plan.length))
+    blocks = triton.cdiv(plan.length, tile["BLOCK"])
+    rows_bytes = 2 * tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
+    d_q = torch.empty_like(q)
+    delta = torch.empty_like(lse)
+    with on_device(q):
+        union, counts = _union(indices, tile["BLOCK"])
+        _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
+            q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
+            *_strides(k, v), plan.length, blocks, scale,
+            TOPK_=triton.next_power_of_2(plan.topk), JOINT=joint, **plan.sizes, **tile,
+            **plan.streaming(tile, plan.chunk_bytes, rows_bytes),
+        )  # fmt: skip
+        del union, counts
+        gradients = _chunk_gradients(plan, q, k, v, weights, indices, lse, delta, d_out, scale, joint)
+    d_k, d_v, d_weights = gradients
+    if not joint:
+        d_weights = (d_weights.sum(-1) if d_weights.shape[-1] > 1 else d_weights.squeeze(-1)).to(given.dtype)
+    return d_q, d_k, d_v, d_weights
+
+
+def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, scale, joint: bool):
+    """The gradients of k, v and the weights, the last fp32 [B, L, Hr, K, SHARE], to be added up over SHARE."""
+    sizes = plan.sizes
+    heads = min(sizes["RETRIEVAL_HEADS"], sizes["KV_HEADS"])
+    share = sizes["GROUPS"] // sizes["RETRIEVAL_HEADS"]
+    num_chunks = k.shape[1] // sizes["S"]
+    # Some segments per multiprocessor, so that none of them is idle for long, of 64 to 256 tiles each.
+    segment = triton.next_power_of_2(triton.cdiv(indices.numel() * share, 8 * plan.multiprocessors))
+    segment = min(max(segment, 4096 // plan.lines), max(16384 // plan.lines, 1))
+    index = invert(indices, num_chunks, heads, segment)
+
+    tile = plan.tile(_rows(plan))
+    rows_bytes = 2 * tile["BLOCK"] * tile["LINES"] * sizes["D_"] * plan.element
+    d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    d_weights = torch.zeros(0 if joint else (*indices.shape, share), dtype=torch.float32, device=q.device)
+    partial_k, partial_v = torch.empty(
+        2, index.num_slots, share, sizes["S"], sizes["D"], dtype=torch.float32, device=q.device
+    )
+    _chunk_gradient_kernel[(len(index.chunk), share)](
+        q, k, v, weights, lse, delta, d_out, d_k, d_v, d_weights, partial_k, partial_v,
+        index.pairs, index.chunk, index.start, index.end, index.slot,
+        *_strides(k, v), len(index.num_segments), num_chunks, scale,
+        HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile,
+        **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2),
+    )  # fmt: skip
+    if index.num_slots:
+        _add_segments_kernel[(len(index.num_segments), share)](
+            d_k, d_v, partial_k, partial_v, index.first_slot, index.num_segments, num_chunks,
+            HEADS=heads, SHARE=share, S=sizes["S"], S_=sizes["S_"], D=sizes["D"], D_=sizes["D_"],
+        )  # fmt: skip
+    return d_k, d_v, d_weights

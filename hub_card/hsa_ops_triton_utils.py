@@ -1,0 +1,33 @@
+"""What the Triton kernels share: the import, with advice where it fails, and what a launch has to know of a device."""
+
+import contextlib
+import functools
+
+import torch
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "The Triton kernels of HSA need the package `triton`, which CUDA builds of PyTorch install. Without it use "
+        "`implementation='torch'` (`hsa_implementation='torch'` in the config)."
+    ) from error
+
+
+def on_device(x: torch.Tensor):
+    """Makes the device of `x` the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """The number of multiprocessors, and the bytes of shared memory that a program can have."""
+    if device.type != "cuda":  # in Triton's interpreter, which has one and no limit
+        return 1, 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+__all__ = ["device_limits", "on_device", "tl", "triton"]

@@ -1,0 +1,216 @@
+"""
+The sliding window, through the attention interface of Transformers, without an L x L mask.
+
+The keys a query sees lie at most W - 1 tokens back, so the queries are cut into blocks, each with the keys of its own
+span and of the W - 1 tokens before, and the blocks become rows of the batch: the mask has L x (block + W - 1) entries.
+Flash attention needs no mask at all and gets the window as an argument: that of flash-attn where it was asked for, and
+with `attn_implementation="sdpa"` on CUDA the one PyTorch ships, to which its own `scaled_dot_product_attention` gives
+no window.
+"""
+
+import functools
+import inspect
+
+import torch
+from transformers.utils.generic import is_flash_attention_requested
+
+from .hsa_layout import TokenLayout
+from .hsa_ops_precision import attention_dtype
+
+
+_MIN_BLOCK = 64
+
+
+def _load_varlen_attn():
+    """PyTorch's `varlen_attn`, or None where it is missing or knows no window yet."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"window_size", "scale"} <= parameters.keys():
+        return None
+    # Versions without the argument take fewer key/value heads as they are.
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
+
+
+_varlen_attn = _load_varlen_attn()
+
+
+def window_attention(attention, module, query, key, value, layout: TokenLayout, window: int, **kwargs):
+    """
+    Args:
+        attention: the attention function of Transformers, `ALL_ATTENTION_FUNCTIONS` or eager.
+        query: [B, Hq, L, D] in aligned order.
+        key, value: [B, Hkv, N + L, D], right-aligned, the N last ones of earlier calls first.
+
+    Returns:
+        output [B, L, Hq, D], and the weights [B, Hq, L, N + L] or None.
+    """
+    if is_flash_attention_requested(module.config):
+        return _flash(attention, module, query, key, value, layout, window, **kwargs)
+    batch, _, length, _ = query.shape
+    keys = key.shape[2]
+    if length == 1 and layout.past is not None and keys <= window:
+        return attention(module, query, key, value, None, **kwargs)  # sees all of them
+    if length > 1 and _takes_varlen(module, query, **kwargs):
+        sequences = layout.share(("sequences",), lambda: _sequences(layout, batch, length, keys, **kwargs))
+        if sequences is not None:
+            return _varlen(query, key, value, *sequences, window, kwargs["scaling"]), None
+
+    # All layers of a call have as many keys, a number that as a key would keep compiled code from varying it.
+    mask_key = (window, query.dtype, module.config._attn_implementation)
+    block = max(_MIN_BLOCK, window // 2)
+    if length <= 2 * block or kwargs.get("output_attentions"):
+
+        def mask_of_all():
+            mask = _window_mask(_aligned_reach(layout, batch, window), keys - length, keys)
+            return _as_mask(mask, module, query)
+
+        return attention(module, query, key, value, layout.share(("all", *mask_key), mask_of_all), **kwargs)
+
+    num_blocks = -(-length // block)
+    span = block + window - 1
+    pad = torch.nn.functional.pad
+    query = pad(query, (0, 0, 0, num_blocks * block - length))
+    missing = window - 1 - (keys - length)  # of the W - 1 tokens before the first query
+    key, value = (pad(x, (0, 0, missing, num_blocks * block - length)) for x in (key, value))
+    query = query.unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)  # [B * blocks, Hq, block, D]
+    key, value = (x.unfold(2, span, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (key, value))
+
+    def mask_of_blocks():
+        reach = pad(_aligned_reach(layout, batch, window), (0, num_blocks * block - length)).view(-1, block)
+        mask = _window_mask(reach, window - 1, span)
+        mask = mask.view(-1, num_blocks, *mask.shape[1:]).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        return _as_mask(mask, module, query)
+
+    mask = layout.share(("blocks", *mask_key), mask_of_blocks)
+    output, _ = attention(module, query, key, value, mask, **kwargs)
+    output = output.view(batch, num_blocks * block, *output.shape[2:])[:, :length]
+    return output, None
+
+
+def _aligned_reach(layout: TokenLayout, batch: int, window: int) -> torch.Tensor:
+    """[n, L] in aligned order: how many tokens back each one sees."""
+    reach = layout.reach(window).expand(batch if layout.order is not None else -1, -1)
+    return layout.align(reach[..., None])[..., 0]
+
+
+@torch.compiler.assume_constant_result
+def _has_flash_kernels(device_index: int, head_dim: int) -> bool:
+    """Whether PyTorch's flash attention runs there, forward and backward, and has not been switched off."""
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    capability = torch.cuda.get_device_capability(device_index)
+    # The kernels exist from Ampere on, and their backward of wide heads needs the shared memory of these.
+    fits = capability >= (8, 0) and (head_dim <= 192 or capability in ((8, 0), (9, 0), (10, 0)))
+    return fits and torch.backends.cuda.flash_sdp_enabled()
+
+
+def _takes_varlen(
+    module, query: torch.Tensor, dropout: float = 0.0, output_attentions: bool = False, **kwargs
+) -> bool:
+    """Whether `varlen_attn` can do what is asked of `attn_implementation="sdpa"`."""
+    head_dim = query.shape[-1]
+    return (
+        _varlen_attn is not None
+        and module.config._attn_implementation == "sdpa"
+        and query.device.type == "cuda"
+        and attention_dtype(query) in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and dropout == 0.0
+        and not output_attentions
+        and _has_flash_kernels(query.device.index, head_dim)
+    )
+
+
+def _sequences(layout: TokenLayout, batch: int, length: int, keys: int, **kwargs):
+    """
+    How the queries [B * L] and the keys [B * (N + L)] divide into sequences that attend to themselves.
+
+    Returns: for each the int32 bounds, first the 0. None where only the values of tensors on the device would tell
+    how many sequences there are.
+    """
+    device = layout.position.device
+    rows = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    if layout.past is not None:
+        return rows * length, rows * keys
+    if not layout.one_document:
+        bounds = kwargs.get("cu_seq_lens_q")  # `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`
+        if bounds is None or batch > 1 or layout.real is not None or keys != length:
+            return None
+        return (bounds.to(device=device, dtype=torch.int32),) * 2
+
+    # A row is three sequences: padding, tokens, padding. The tokens see those of earlier calls, padding only itself.
+    real, slot = layout.is_real.expand(batch, -1), torch.arange(length, device=device)
+    end = torch.where(real, slot + 1, 0).amax(1)
+    start = torch.where(real, slot, length).amin(1).minimum(end)
+    tokens = layout.position.expand(batch, -1).amax(1) + 1  # in the document, up to the last one
+    key_end = end + (keys - length)
+    key_start = (key_end - tokens).clamp(min=0)
+
+    def bounds_of(start, end, size):
+        bounds = torch.stack([start, end, torch.full_like(end, size)], dim=1) + rows[:-1, None] * size
+        return torch.cat([rows[:1], bounds.flatten().to(torch.int32)])
+
+    return bounds_of(start, end, length), bounds_of(key_start, key_end, keys)
+
+
+def _varlen(query, key, value, bounds_q, bounds_k, window: int, scale: float) -> torch.Tensor:
+    """As `window_attention`, the causal window being aligned to the end of each sequence of keys."""
+    dtype, (batch, _, length, _), keys = attention_dtype(query), query.shape, key.shape[2]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    output = _varlen_attn(
+        query, key, value, bounds_q, bounds_k, length, keys, scale=scale, window_size=(window - 1, 0)
+    )
+    return output.unflatten(0, (batch, length))
+
+
+def _window_mask(reach: torch.Tensor, offset: int, keys: int) -> torch.Tensor:
+    """reach [n, Q] -> bool [n, 1, Q, keys]: query i, at key `offset + i`, sees that key and `reach` ones before it."""
+    position = torch.arange(offset, offset + reach.shape[1], device=reach.device)
+    back = position[:, None] - torch.arange(keys, device=reach.device)
+    return ((back >= 0) & (back <= reach[..., None]))[:, None]
+
+
+def _as_mask(mask: torch.Tensor, module, query: torch.Tensor):
+    """The mask in the form the attention implementation takes: bool, additive for eager, a `BlockMask` for flex."""
+    implementation = module.config._attn_implementation
+    if implementation == "eager":
+        return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        dense = mask[:, 0].expand(query.shape[0], -1, -1)  # one per row, even where all rows agree
+        return create_block_mask(
+            lambda b, h, q, k: dense[b, q, k],
+            dense.shape[0],
+            None,
+            dense.shape[1],
+            dense.shape[2],
+            device=query.device,
+        )
+    return mask
+
+
+def _flash(attention, module, query, key, value, layout: TokenLayout, window: int, **kwargs):
+    """Flash attention takes padding as a [B, keys] mask, or documents as restarting positions of a single row."""
+    batch, _, length, _ = query.shape
+    mask = position_ids = None
+    if layout.past is None and layout.real is None and key.shape[2] == length:
+        query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+        position_ids = layout.position.expand(batch, -1).reshape(1, -1)
+    elif layout.past is None:
+        if not layout.one_document:
+            raise ValueError("Packed documents with padding or a cache need `attn_implementation='sdpa'` or 'eager'.")
+        mask = layout.is_real
+        if key.shape[2] > length or layout.order is not None:
+            position = layout.align(layout.position.expand(batch, -1)[..., None])[..., 0]
+            from_end = torch.arange(key.shape[2] - 1, -1, -1, device=query.device)
+            mask = from_end <= torch.where(layout.is_real, position, -1).amax(1, keepdim=True)
+    kwargs["position_ids"] = position_ids
+    output, _ = attention(module, query, key, value, mask, sliding_window=window, **kwargs)
+    return output.view(batch, length, *output.shape[2:]), None

@@ -1,0 +1,165 @@
+"""
+Bring this folder up to date with the repository around it, and push it to the Hub.
+
+    python hub_card/push.py --update                        # code, tables, .eval_results and plots
+    python hub_card/push.py --repo_id me/hsa-books-10m      # upload
+
+`--update` writes what is made from other files: the code of the package (modeling_hsa/hub.py) and, from the files in
+`results/`, the tables of the card between the marks `<!-- name -->` and `<!-- end -->`, `.eval_results`, and the plots
+of retrieval. Where that would change anything but plots, an upload is refused.
+"""
+
+import argparse
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
+
+
+FOLDER = Path(__file__).resolve().parent
+REPOSITORY = FOLDER.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
+
+from evaluation import short  # noqa: E402
+from plot_retrieval import read_rows  # noqa: E402
+
+from modeling_hsa.hub import save_code  # noqa: E402
+
+
+NAME = "hsa-books-10m"
+NOT_UPLOADED = ["push.py", "__pycache__/*"]
+BABILONG = "RMT-team/babilong"
+
+
+def percent(row: dict) -> str:
+    """Accuracy with its interval, and the number of samples where they are few."""
+    few = f", n={row['samples']}" if row["samples"] < 10 else ""
+    return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f}{few})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_length(rows: list[dict], value=percent) -> str:
+    """A table of tasks by lengths."""
+    lengths = sorted({row["length"] for row in rows})
+    cells = {(row["task"], row["length"]): value(row) for row in rows}
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    body = [[task, *(cells.get((task, length), "") for length in lengths)] for task in tasks]
+    return table(["tokens", *map(short, lengths)], body)
+
+
+def perplexity_table(folder: Path) -> str:
+    rows = json.loads((folder / "results" / "ppl.json").read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if row["task"] == "last"]
+    cells = {
+        "perplexity per token": lambda row: f"{row['perplexity']['mean']:.1f}",
+        "bits per byte": lambda row: f"{row['bits_per_byte']['mean']:.3f}",
+        "change of the loss, nats per token": lambda row: (
+            f"{row['change']['mean']:+.3f} ({row['change']['low']:+.3f} to {row['change']['high']:+.3f})"
+        ),
+    }
+    return table(
+        ["tokens of context", *(short(row["length"]) for row in rows)],
+        [[name, *(cell(row) for row in rows)] for name, cell in cells.items()],
+    )
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Every table of the card by the name of its mark."""
+    results = folder / "results"
+    made = {
+        "paper": by_length(read_rows(sorted(results.glob("paper_*.json")))),
+        "perplexity": perplexity_table(folder),
+    }
+    for name in ("ruler", "babilong"):
+        made[name] = by_length(read_rows([results / f"{name}.json"]))
+    return made
+
+
+def update(folder: Path) -> None:
+    """Writes all derived files of `folder` but the plots."""
+    save_code(folder)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for name, made in tables(folder).items():
+        parts = re.split(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", card, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"README.md must have one mark `<!-- {name} -->` with an end, has {len(parts) - 1}.")
+        card = made.join(parts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+    content = json.loads((folder / "results" / "babilong.json").read_text(encoding="utf-8"))
+    shots = content["arguments"]["shots"]
+    entries = [
+        EvalResultEntry(
+            dataset_id=BABILONG,
+            task_id=row["task"],
+            value=round(100 * row["accuracy"], 1),
+            notes=f"{short(row['length'])} tokens; {row['samples']} stories hidden in books by `eval_babilong.py`, "
+            f"after {shots} solved examples: not the benchmark's own files and prompts",
+        )
+        for row in content["rows"]
+    ]
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=119)
+    (folder / ".eval_results" / "babilong.yaml").write_text(text, encoding="utf-8")
+
+
+def plot(folder: Path) -> None:
+    results = folder / "results"
+    files = map(str, sorted(results.glob("paper_*.json")))
+    script = REPOSITORY / "examples" / "plot_retrieval.py"
+    subprocess.run([sys.executable, script, "--results", NAME, *files, "--output", results], check=True)
+
+
+def stale(folder: Path) -> list[str]:
+    """The files that `update` would change."""
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = Path(temporary) / "fresh"
+        shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+        update(fresh)
+        files = [file.relative_to(fresh) for file in fresh.rglob("*") if file.is_file()]
+        return sorted(
+            str(f) for f in files if not ((folder / f).exists() and filecmp.cmp(folder / f, fresh / f, False))
+        )
+
+
+def push(repo_id: str, private: bool) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / NAME
+        shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns(*(p.removesuffix("/*") for p in NOT_UPLOADED)))
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        (folder / "README.md").write_text(card.replace(f'"{NAME}"', f'"{repo_id}"'), encoding="utf-8")
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        print(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model, card and results"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="bring the folder up to date")
+    parser.add_argument("--repo_id", help="where to push it: user or organisation / name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    arguments = parser.parse_args()
+    if not arguments.update and arguments.repo_id is None:
+        parser.error("nothing to do: give `--update`, `--repo_id`, or both")
+    if arguments.update:
+        update(FOLDER)
+        plot(FOLDER)
+    if arguments.repo_id is not None:
+        if files := stale(FOLDER):
+            sys.exit(f"Not up to date: {', '.join(files)}. Run with `--update`, and look at what changes.")
+        push(arguments.repo_id, arguments.private)
+
+
+if __name__ == "__main__":
+    main()

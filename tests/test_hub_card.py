@@ -1,0 +1,162 @@
+"""`hub_card/`, the folder for the Hub: it is complete and up to date, and its model does what the card says."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from .helpers import run_without_the_package
+from .test_examples import REPOSITORY, run_example
+
+
+FOLDER = REPOSITORY / "hub_card"
+NAME = "hsa-books-10m"
+CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", CARD, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def push():
+    """The module `hub_card/push.py`."""
+    spec = importlib.util.spec_from_file_location("hub_card_push", FOLDER / "push.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_folder_is_complete_and_small():
+    weights = list(FOLDER.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in weights) <= 20e6
+    assert max(file.stat().st_size for file in FOLDER.rglob("*")) <= 16 * 2**20
+    index = json.loads((FOLDER / "model.safetensors.index.json").read_text())
+    assert {file.name for file in weights} == set(index["weight_map"].values())
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (FOLDER / name).is_file()
+
+
+def test_links_of_the_card_exist():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", CARD)
+    assert links
+    for link in links:
+        assert (FOLDER / link).exists(), link
+
+
+def test_metadata_of_the_card():
+    data = huggingface_hub.ModelCard(CARD).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    assert "custom_code" in data.tags
+
+
+def test_code_tables_and_results_are_up_to_date(push):
+    assert push.stale(FOLDER) == [], "run `python hub_card/push.py --update`"
+
+
+def test_what_is_out_of_date_is_found(push, tmp_path):
+    folder = tmp_path / NAME
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "hsa_cache.py").unlink()
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(re.sub(r"\| s_niah \| [\d.]+", "| s_niah | 12.3", card))
+    assert push.stale(folder) == ["README.md", "hsa_cache.py"]
+    push.update(folder)
+    assert push.stale(folder) == []
+    assert (folder / "README.md").read_text() == CARD
+    (folder / "README.md").write_text(card.replace("<!-- paper -->", ""))
+    with pytest.raises(ValueError, match="must have one mark `<!-- paper -->`"):
+        push.update(folder)
+
+
+def test_eval_results_are_what_the_hub_reads():
+    files = list((FOLDER / ".eval_results").glob("*.yaml"))
+    assert files
+    for file in files:
+        entries = huggingface_hub.parse_eval_result_entries(yaml.safe_load(file.read_text()))
+        assert entries and all(0 <= entry.value <= 100 for entry in entries)
+
+
+def test_push_uploads_the_folder_under_its_name(push, monkeypatch):
+    calls = []
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        files = {str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()}
+        calls.append((repo_id, files, (Path(folder_path) / "README.md").read_text()))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr("sys.argv", ["push.py", "--repo_id", "someone/hsa", "--private"])
+    push.main()
+    created, (repo_id, files, card) = calls
+    assert created["private"] is True and repo_id == "someone/hsa"
+    assert {"modeling_hsa.py", ".eval_results/babilong.yaml", "results/accuracy.png"} <= files
+    assert "push.py" not in files and not any("__pycache__" in file for file in files)
+    assert 'model_id = "someone/hsa"' in card and f'"{NAME}"' not in card
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A folder with nothing but the model folder, under the name that the card gives it."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copytree(FOLDER, folder / NAME, ignore=shutil.ignore_patterns("push.py", "results", "__pycache__"))
+    return folder
+
+
+@pytest.mark.slow
+def test_first_snippet_runs_without_the_package(alone):
+    assert run_without_the_package(SNIPPETS[0], alone).strip() == "75738."
+
+
+@pytest.mark.slow
+def test_long_snippet_runs_without_the_package(alone):
+    """With a tenth of its sentences, for the time it takes."""
+    snippet, count = re.subn(r"\b(45|20)_000\b", lambda match: str(int(match[1]) * 100), SNIPPETS[1])
+    assert count == 2
+    count, answer = run_without_the_package(SNIPPETS[0] + snippet, alone).splitlines()[-2:]
+    assert re.fullmatch(r"10\d,\d+ tokens", count) and answer.strip() == "75738."
+
+
+# -- examples/ask.py --
+
+
+@pytest.mark.slow
+def test_ask_finds_the_facts_of_a_chronicle(tmp_path):
+    run = run_example("ask.py", tmp_path, characters=100_000, facts=4, seed=7)
+    assert "4 of 4 right." in run.stdout and "Reading the prompt: 100%" in run.stderr
+    passages = re.findall(r"chunk [\d,]+ of [\d,]+, weight (\d\.\d\d)\n   \.\.\. (.*) \.\.\.", run.stdout)
+    answers = re.findall(r"^-> (\d+)   \(right\)$", run.stdout, flags=re.MULTILINE)
+    assert len(answers) == 4
+    for answer in answers:
+        assert any(answer in text and float(weight) > 0.3 for weight, text in passages)
+
+
+@pytest.mark.slow
+def test_ask_about_a_document_of_ones_own(tmp_path):
+    document = tmp_path / "notes.txt"
+    filler = "Rain fell on the market square and nobody went out. "
+    document.write_text(filler * 100 + "The locker number of Ada the baker is 48213. " + filler * 300)
+    words = ["--question", "What is the locker number of Ada the baker?"]
+    run = run_example("ask.py", tmp_path, *words, document=document)
+    assert "-> 48213\n" in run.stdout and "notes.txt: 2" in run.stdout and "right" not in run.stdout
+    assert "The locker number of Ada the baker is 48213." in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"question": "Why?"}, "`--question` needs `--document`"),
+        ({"document": "missing.txt", "question": "Why?"}, "`--document`: there is no file missing.txt"),
+    ],
+)
+def test_ask_refuses_what_it_cannot_do(tmp_path, arguments, message):
+    with pytest.raises(AssertionError, match=message):
+        run_example("ask.py", tmp_path, **arguments)
+
+
+def test_tokenizer_keeps_digits_apart():
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    assert tokenizer.tokenize(" 75738") == ["Ġ", "7", "5", "7", "3", "8"]
