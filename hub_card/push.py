@@ -91,10 +91,10 @@ def update(folder: Path) -> None:
     save_code(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name, made in tables(folder).items():
-        parts = re.split(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", card, flags=re.DOTALL)
+        parts = re.split(rf"(?<=<!-- {name} -->\n)(?:(?!<!--).)*(?=<!-- end -->)", card, flags=re.DOTALL)
         if len(parts) != 2:
             raise ValueError(f"README.md must have one mark `<!-- {name} -->` with an end, has {len(parts) - 1}.")
-        card = made.join(parts)
+        card = f"{made}\n".join(parts)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
     content = json.loads((folder / "results" / "babilong.json").read_text(encoding="utf-8"))
