@@ -29,6 +29,7 @@ but `rng` decides what a sample is. Needs no PyTorch; objects can be sent to the
 """
 
 import string
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,17 +41,18 @@ NAME_LETTERS = 5
 VALUE_IDS = 7  # tokens of the value in `s_niah`
 MQ_DIGITS = 6
 VT_DIGITS = 5
-KINDS = ("number", "ids", "chain", "fact")
+FACT_KINDS = {"fact": "number", "word": "word", "uuid": "uuid"}  # and what their values are called
+KINDS = ("number", "ids", "chain", *FACT_KINDS)
 
-# Sentences and questions of facts; the number is the answer. The last has the wording of RULER (arXiv 2404.06654).
+# Sentences and questions of facts; the value is the answer. The last has the wording of RULER (arXiv 2404.06654).
 FACTS = (
-    (" The {what} of {name} the {trade} is {number}.", " What is the {what} of {name} the {trade}?"),
-    (" {name} the {trade} has the {what} {number}.", " Which {what} has {name} the {trade}?"),
-    (" The {what} {number} belongs to {name} the {trade}.", " Which {what} belongs to {name} the {trade}?"),
+    (" The {what} of {name} the {trade} is {value}.", " What is the {what} of {name} the {trade}?"),
+    (" {name} the {trade} has the {what} {value}.", " Which {what} has {name} the {trade}?"),
+    (" The {what} {value} belongs to {name} the {trade}.", " Which {what} belongs to {name} the {trade}?"),
     (
-        " One of the special magic numbers for {trade}-{what} is: {number}.",
-        " What is the special magic number for {trade}-{what} mentioned in the provided text? The special magic "
-        "number for {trade}-{what} mentioned in the provided text is",
+        " One of the special magic {kind}s for {trade}-{what} is: {value}.",
+        " What is the special magic {kind} for {trade}-{what} mentioned in the provided text? The special magic "
+        "{kind} for {trade}-{what} mentioned in the provided text is",
     ),
 )
 FACT_DIGITS = (4, 5, 6, 7)
@@ -151,26 +153,30 @@ class _Strings:
                 return [np.concatenate([self.space, row]) for row in self.lookup[rows]]
 
 
+def _words(vocabulary: list[str]) -> list[str]:
+    """The tokens of a vocabulary that are words of at least three letters, with a space before them."""
+    words = [text[1:] for text in vocabulary if text[:1] == " " and len(text) > 3]
+    return [word for word in words if word.isascii() and word.isalpha()]
+
+
 class _Facts:
     """
-    `pool` facts in plain English without their numbers, no two about the same thing, as token ids: what stands before
-    the number, what stands after it, and the question. Half of them take their words from the lists of
-    `synthetic_text`, half from the vocabulary: words that are one token.
+    `pool` facts in plain English without their values, no two about the same thing, as token ids: what stands before
+    the value, what stands after it, and the question. Half of them take their words from the lists of
+    `synthetic_text`, half from `words`. `kind`: what the values are called.
     """
 
-    def __init__(self, encode, vocabulary: list[str], pool: int, seed: int):
-        own = [text[1:] for text in vocabulary if text[:1] == " " and len(text) > 3 and text[1:].isalpha()]
-        own = [word for word in own if word.isascii()]
-        capital, small = [w for w in own if w.istitle()], [w for w in own if w.islower()]
+    def __init__(self, encode, words: list[str], kind: str, pool: int, seed: int):
+        capital, small = [w for w in words if w.istitle()], [w for w in words if w.islower()]
         lists = {"what": (KINDS_OF_SECRET, small), "name": (NAMES, capital), "trade": (TRADES, small)}
         rng = np.random.default_rng([seed, pool])
         facts = {}
-        for template, from_vocabulary in zip(rng.integers(len(FACTS), size=pool), rng.random(pool) < 0.5):
-            words = {slot: (own if from_vocabulary and own else listed) for slot, (listed, own) in lists.items()}
-            words = {slot: words[slot][rng.integers(len(words[slot]))] for slot in words}
+        for template, from_words in zip(rng.integers(len(FACTS), size=pool), rng.random(pool) < 0.5):
+            chosen = {slot: (own if from_words and own else listed) for slot, (listed, own) in lists.items()}
+            chosen = {slot: chosen[slot][rng.integers(len(chosen[slot]))] for slot in chosen}
             sentence, question = FACTS[template]
-            facts[tuple(words.values())] = (*sentence.split(" {number}"), question), words
-        texts = [[part.format(**words) for part in parts] for parts, words in facts.values()]
+            facts[tuple(chosen.values())] = (*sentence.split(" {value}"), question), chosen
+        texts = [[part.format(kind=kind, **chosen) for part in parts] for parts, chosen in facts.values()]
         columns = ([np.array(ids, np.int64) for ids in encode(list(column))] for column in zip(*texts))
         self.facts = list(zip(*columns))
 
@@ -208,8 +214,16 @@ class RetrievalTasks:
         self.names = _Strings(encode, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
         self.numbers = _Strings(encode, string.digits, MQ_DIGITS, "1", pool, pool_seed)
         self.vt_numbers = _Strings(encode, string.digits, VT_DIGITS, "1", pool, pool_seed)
-        self.facts = _Facts(encode, tokenizer.batch_decode([[i] for i in range(len(tokenizer))]), pool, pool_seed)
+        words = _words(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
+        sizes = {"fact": pool, "word": pool // 4, "uuid": pool // 4}
+        self.facts = {k: _Facts(encode, words, name, sizes[k], pool_seed) for k, name in FACT_KINDS.items()}
         self.fact_numbers = [_Strings(encode, string.digits, n, "1", pool, pool_seed) for n in FACT_DIGITS]
+        rng = np.random.default_rng([pool_seed, pool, 1])
+        texts = {
+            "word": [word for word in words if word.islower()] or list(TRADES),
+            "uuid": [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(pool // 4)],
+        }
+        self.fact_texts = {kind: [np.array(x) for x in encode([f" {t}" for t in texts[kind]])] for kind in texts}
         pieces = {
             "bar": " |",
             "key": " | One of the special magic values for long contexts is:",
@@ -289,8 +303,8 @@ class RetrievalTasks:
 
         Args:
             kinds: what an item may be, drawn at random: "number" (name -> 6 digits), "ids" (name -> 7 random token
-                ids), "chain" (3 assignments in any order, all variables asked for), "fact" (a number of 4 to 7
-                digits, in plain English).
+                ids), "chain" (3 assignments in any order, all variables asked for), and in plain English "fact" (a
+                number of 4 to 7 digits), "word" (one token) and "uuid".
 
         Raises:
             ValueError: if the sequence is too short for an item, or the bounds leave no distance.
@@ -337,11 +351,15 @@ class RetrievalTasks:
         joined = [self._join(("ids_for", name, "is:", value, "bar"), 3)]
         return self._item(joined, ("ask_ids", name, "in_text"), value, [0])
 
-    def _fact_item(self, fact: tuple[np.ndarray, np.ndarray, np.ndarray], number: np.ndarray) -> Item:
+    def _fact_item(self, fact: tuple[np.ndarray, np.ndarray, np.ndarray], kind: str, rng) -> Item:
         before, after, question = fact
-        answer = np.concatenate([number, self.pieces["period"]])
-        scored = np.arange(len(answer)) < len(number)
-        return self._item([self._join((before, number, after), 1)], (question,), answer, [0], scored)
+        if kind == "fact":
+            (value,) = self.fact_numbers[rng.integers(len(self.fact_numbers))].draw(rng, 1)
+        else:
+            value = self.fact_texts[kind][rng.integers(len(self.fact_texts[kind]))]
+        answer = np.concatenate([value, self.pieces["period"]])
+        scored = np.arange(len(answer)) < len(value)
+        return self._item([self._join((before, value, after), 1)], (question,), answer, [0], scored)
 
     def _number_item(self, names: list[np.ndarray], numbers: list[np.ndarray], queries: int) -> Item:
         """A needle a name and number; the first `queries` are asked for. Needles are placed in random order."""
@@ -371,16 +389,16 @@ class RetrievalTasks:
     def _make_items(self, rng, count: int, kinds: Sequence[str]) -> list[Item]:
         """`count` items of random kinds, no name or number being in two."""
         chosen = [kinds[i] for i in rng.integers(len(kinds), size=count).tolist()]
-        names = iter(self.names.draw(rng, sum({"chain": 3, "fact": 0}.get(kind, 1) for kind in chosen)))
+        uses = {"chain": 3, **dict.fromkeys(FACT_KINDS, 0)}
+        names = iter(self.names.draw(rng, sum(uses.get(kind, 1) for kind in chosen)))
         numbers = iter(self.numbers.draw(rng, count))
         vt_numbers = iter(self.vt_numbers.draw(rng, count))
         ids = iter(self.value_ids[rng.integers(len(self.value_ids), size=(count, VALUE_IDS))])
-        facts = iter(self.facts.draw(rng, chosen.count("fact")))
+        facts = {kind: iter(self.facts[kind].draw(rng, chosen.count(kind))) for kind in FACT_KINDS}
         items = []
         for kind in chosen:
-            if kind == "fact":
-                digits = self.fact_numbers[rng.integers(len(self.fact_numbers))]
-                items.append(self._fact_item(next(facts), *digits.draw(rng, 1)))
+            if kind in FACT_KINDS:
+                items.append(self._fact_item(next(facts[kind]), kind, rng))
             elif kind == "chain":
                 items.append(self._chain_item([next(names) for _ in range(3)], [next(vt_numbers)], "all"))
             elif kind == "number":

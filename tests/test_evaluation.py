@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import pickle
+import re
 import types
 from pathlib import Path
 
@@ -100,6 +101,7 @@ TASKS = {
     "dense far": {"items": 5, "min_distance": 300, "max_distance": 400},
     "dense numbers": {"items": 40, "kinds": ("number",)},
     "dense ids": {"items": 40, "kinds": ("ids",), "max_distance": 100},
+    "dense facts": {"items": 20, "kinds": ("fact", "word", "uuid")},
 }
 
 
@@ -132,7 +134,8 @@ def test_needles_and_answers_are_where_the_sample_says(setting, name, length):
         assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])) and 0 <= spans[0][0] and spans[-1][1] <= length
         for (start, end), (a, b) in zip(sample.needles, sample.values):
             text = tokenizer.decode(sample.tokens[start:end])
-            assert text.startswith(" | ") and text.endswith(" |") and start < a < b < end
+            assert (text.startswith(" | ") and text.endswith(" |")) or text.endswith(".")
+            assert start < a < b < end
         # What is scored is copied, in this order, from the needles that are asked for; variables with commas between.
         for number, (start, end) in enumerate(sample.answers):
             asked = sample.asked == number
@@ -179,6 +182,32 @@ def test_dense_questions_keep_their_distance(setting, low, high):
     assert distances.min() >= max(low, 10) and distances.max() <= (1024 if high is None else high)
     if low != high:
         assert len(set(distances.tolist())) > 10
+
+
+@pytest.mark.parametrize("kind", ["fact", "word", "uuid"])
+def test_facts_read_as_documented(setting, kind):
+    tokenizer, tasks, corpus = setting
+    value = {"fact": r"\d{4,7}", "word": r"[a-z]+", "uuid": r"[\da-f]{8}-[\da-f]{4}-4[\da-f-]{21}"}[kind]
+    name = retrieval_tasks.FACT_KINDS[kind]
+
+    def pattern(template):
+        slots = {"what": "(?P<what>[ a-z]+)", "name": r"(?P<name>\w+)", "trade": "(?P<trade>[a-z]+)"}
+        slots["value"] = f"(?P<value>{value})"
+        return re.escape(template).replace(r"\{", "{").replace(r"\}", "}").format(kind=name, **slots)
+
+    values, templates = set(), set()
+    for seed in range(30):
+        sample = tasks.dense(np.random.default_rng(seed), corpus, 1000, 6, kinds=(kind,))
+        for (start, end), number in zip(sample.needles.tolist(), sample.asked.tolist()):
+            sentence, (first, last) = tokenizer.decode(sample.tokens[start:end]), sample.answers[number].tolist()
+            found = [(question, re.fullmatch(pattern(text), sentence)) for text, question in retrieval_tasks.FACTS]
+            ((question, match),) = [(question, match) for question, match in found if match]
+            expected = question.format(kind=name, **match.groupdict()) + f" {match['value']}."
+            assert tokenizer.decode(sample.tokens[start:last]).endswith(expected)
+            assert sample.answer_mask[first:last].tolist() == [True] * (last - first - 1) + [False]
+            values.add(match["value"])
+            templates.add(question)
+    assert len(values) > 40 and len(templates) == len(retrieval_tasks.FACTS)
 
 
 def test_dense_fills_the_sequence(setting):
