@@ -67,6 +67,8 @@ class Batches(Dataset):
     def __init__(self, corpus: Path, tasks: RetrievalTasks, stage: dict, seed: tuple[int, ...]):
         self.file, self.tasks, self.stage, self.seed = corpus / "train.npy", tasks, stage, seed
         self.tokens = None
+        if any(task["task"] == "dense" for task in stage["mixture"]):
+            _ = tasks.facts  # made here, once, and not by every worker
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
         if self.tokens is None:  # every worker maps the file for itself

@@ -32,6 +32,7 @@ import string
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from synthetic_text import KINDS_OF_SECRET, NAMES, TRADES
@@ -153,6 +154,10 @@ class _Strings:
                 return [np.concatenate([self.space, row]) for row in self.lookup[rows]]
 
 
+def _encode(tokenizer, text: str | list[str]):
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def _words(vocabulary: list[str]) -> list[str]:
     """The tokens of a vocabulary that are words of at least three letters, with a space before them."""
     words = [text[1:] for text in vocabulary if text[:1] == " " and len(text) > 3]
@@ -161,12 +166,32 @@ def _words(vocabulary: list[str]) -> list[str]:
 
 class _Facts:
     """
-    `pool` facts in plain English without their values, no two about the same thing, as token ids: what stands before
-    the value, what stands after it, and the question. Half of them take their words from the lists of
-    `synthetic_text`, half from `words`. `kind`: what the values are called.
+    Facts in plain English and their values, as token ids. There are about `pool` facts of kind "fact" and a quarter as
+    many of the others, no two of a kind about the same thing; half of them take their words from the lists of
+    `synthetic_text`, half from the vocabulary. Values are drawn anew each time.
     """
 
-    def __init__(self, encode, words: list[str], kind: str, pool: int, seed: int):
+    def __init__(self, tokenizer, pool: int, seed: int):
+        def encode(texts: list[str]) -> list[np.ndarray]:
+            return [np.array(ids, np.int64) for ids in _encode(tokenizer, texts)]
+
+        words = _words(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
+        rng = np.random.default_rng([seed, pool, 1])
+        sizes = {kind: pool if kind == "fact" else pool // 4 for kind in FACT_KINDS}
+        self.facts = {
+            kind: list(zip(*map(encode, self._make(words, name, sizes[kind], seed))))
+            for kind, name in FACT_KINDS.items()
+        }
+        uuids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(sizes["uuid"])]
+        texts = {"word": [word for word in words if word.islower()] or TRADES, "uuid": uuids}
+        self.values = {kind: encode([f" {text}" for text in texts[kind]]) for kind in texts}
+        self.numbers = [
+            _Strings(lambda text: _encode(tokenizer, text), string.digits, n, "1", pool, seed) for n in FACT_DIGITS
+        ]
+
+    @staticmethod
+    def _make(words: list[str], name: str, pool: int, seed: int) -> list[list[str]]:
+        """What stands before the values, what stands after them, and the questions. `name`: of the kind of value."""
         capital, small = [w for w in words if w.istitle()], [w for w in words if w.islower()]
         lists = {"what": (KINDS_OF_SECRET, small), "name": (NAMES, capital), "trade": (TRADES, small)}
         rng = np.random.default_rng([seed, pool])
@@ -175,16 +200,22 @@ class _Facts:
             chosen = {slot: (own if from_words and own else listed) for slot, (listed, own) in lists.items()}
             chosen = {slot: chosen[slot][rng.integers(len(chosen[slot]))] for slot in chosen}
             sentence, question = FACTS[template]
-            facts[tuple(chosen.values())] = (*sentence.split(" {value}"), question), chosen
-        texts = [[part.format(kind=kind, **chosen) for part in parts] for parts, chosen in facts.values()]
-        columns = ([np.array(ids, np.int64) for ids in encode(list(column))] for column in zip(*texts))
-        self.facts = list(zip(*columns))
+            parts = (*sentence.split(" {value}"), question)
+            facts[tuple(chosen.values())] = [part.format(kind=name, **chosen) for part in parts]
+        return list(map(list, zip(*facts.values())))
 
-    def draw(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`count` different ones."""
-        if count > len(self.facts):
-            raise ValueError(f"{count} facts need a larger `pool` than {len(self.facts)}.")
-        return [self.facts[i] for i in rng.choice(len(self.facts), count, replace=False)]
+    def draw(self, rng: np.random.Generator, kind: str, count: int) -> list[tuple[np.ndarray, ...]]:
+        """`count` different facts of a kind: what is before the value, the value, what is after it, the question."""
+        facts = self.facts[kind]
+        if count > len(facts):
+            raise ValueError(f"{count} facts need a larger `pool` than {len(facts)}.")
+        chosen = [facts[i] for i in rng.choice(len(facts), count, replace=False)]
+        return [(before, self._value(rng, kind), after, question) for before, after, question in chosen]
+
+    def _value(self, rng: np.random.Generator, kind: str) -> np.ndarray:
+        if kind == "fact":
+            return self.numbers[rng.integers(len(self.numbers))].draw(rng, 1)[0]
+        return self.values[kind][rng.integers(len(self.values[kind]))]
 
 
 class RetrievalTasks:
@@ -192,7 +223,7 @@ class RetrievalTasks:
     Generators of the tasks above for one tokenizer.
 
     Args:
-        tokenizer: of Transformers; not kept.
+        tokenizer: of Transformers.
         value_ids: the range (low, high) that the random ids of `s_niah` are from; all ids by default. Special tokens
             are never drawn.
         pool: names, facts and numbers are drawn from lists of so many (numbers only where a digit is not always a
@@ -202,8 +233,9 @@ class RetrievalTasks:
 
     def __init__(self, tokenizer, value_ids: tuple[int, int] | None = None, pool: int = 20_000, pool_seed: int = 0):
         def encode(text):
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return _encode(tokenizer, text)
 
+        self.tokenizer, self.pool, self.pool_seed = tokenizer, pool, pool_seed
         low, high = value_ids or (0, len(tokenizer))
         if not 0 <= low < high <= len(tokenizer):
             raise ValueError(f"`value_ids` must be a range in [0, {len(tokenizer)}], got {value_ids}.")
@@ -214,16 +246,6 @@ class RetrievalTasks:
         self.names = _Strings(encode, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
         self.numbers = _Strings(encode, string.digits, MQ_DIGITS, "1", pool, pool_seed)
         self.vt_numbers = _Strings(encode, string.digits, VT_DIGITS, "1", pool, pool_seed)
-        words = _words(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
-        sizes = {"fact": pool, "word": pool // 4, "uuid": pool // 4}
-        self.facts = {k: _Facts(encode, words, name, sizes[k], pool_seed) for k, name in FACT_KINDS.items()}
-        self.fact_numbers = [_Strings(encode, string.digits, n, "1", pool, pool_seed) for n in FACT_DIGITS]
-        rng = np.random.default_rng([pool_seed, pool, 1])
-        texts = {
-            "word": [word for word in words if word.islower()] or list(TRADES),
-            "uuid": [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(pool // 4)],
-        }
-        self.fact_texts = {kind: [np.array(x) for x in encode([f" {t}" for t in texts[kind]])] for kind in texts}
         pieces = {
             "bar": " |",
             "key": " | One of the special magic values for long contexts is:",
@@ -246,6 +268,11 @@ class RetrievalTasks:
             "period": ".",
         }
         self.pieces = {name: np.array(encode(text), dtype=np.int64) for name, text in pieces.items()}
+
+    @cached_property
+    def facts(self) -> _Facts:
+        """Those of `dense`. They take a second or more to make: ask for them before starting workers."""
+        return _Facts(self.tokenizer, self.pool, self.pool_seed)
 
     # -- the tasks of the papers --
 
@@ -351,12 +378,7 @@ class RetrievalTasks:
         joined = [self._join(("ids_for", name, "is:", value, "bar"), 3)]
         return self._item(joined, ("ask_ids", name, "in_text"), value, [0])
 
-    def _fact_item(self, fact: tuple[np.ndarray, np.ndarray, np.ndarray], kind: str, rng) -> Item:
-        before, after, question = fact
-        if kind == "fact":
-            (value,) = self.fact_numbers[rng.integers(len(self.fact_numbers))].draw(rng, 1)
-        else:
-            value = self.fact_texts[kind][rng.integers(len(self.fact_texts[kind]))]
+    def _fact_item(self, before: np.ndarray, value: np.ndarray, after: np.ndarray, question: np.ndarray) -> Item:
         answer = np.concatenate([value, self.pieces["period"]])
         scored = np.arange(len(answer)) < len(value)
         return self._item([self._join((before, value, after), 1)], (question,), answer, [0], scored)
@@ -394,11 +416,11 @@ class RetrievalTasks:
         numbers = iter(self.numbers.draw(rng, count))
         vt_numbers = iter(self.vt_numbers.draw(rng, count))
         ids = iter(self.value_ids[rng.integers(len(self.value_ids), size=(count, VALUE_IDS))])
-        facts = {kind: iter(self.facts[kind].draw(rng, chosen.count(kind))) for kind in FACT_KINDS}
+        facts = {kind: iter(self.facts.draw(rng, kind, chosen.count(kind))) for kind in FACT_KINDS if kind in chosen}
         items = []
         for kind in chosen:
             if kind in FACT_KINDS:
-                items.append(self._fact_item(next(facts[kind]), kind, rng))
+                items.append(self._fact_item(*next(facts[kind])))
             elif kind == "chain":
                 items.append(self._chain_item([next(names) for _ in range(3)], [next(vt_numbers)], "all"))
             elif kind == "number":
