@@ -346,6 +346,7 @@ class Run:
         else:
             self.model = AutoModelForCausalLM.from_config(config)
         self.model.to(self.device).train()
+        self.trained = torch.compile(self.model, dynamic=False) if arguments.compile else self.model
         self.optimizers = make_optimizers(self.model, self.recipe["optimizer"])
         if resumed:
             load_optimizers(self.folder, self.optimizers)
@@ -406,7 +407,7 @@ class Run:
             for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
                 group["lr"] = rate
             weight = self.recipe["optimizer"]["answer_weight"]
-            train_step(self.model, self.optimizers, batch, weight, retrieval_weight, meters, self.autocast)
+            train_step(self.trained, self.optimizers, batch, weight, retrieval_weight, meters, self.autocast)
             state["batch"] += 1
             state["tokens"] += per_batch
             since += per_batch
@@ -445,6 +446,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
     parser.add_argument("--log_every", type=int, default=50, help="batches")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="train with torch.compile, which takes its time at the start and again in every stage of another length",
+    )
     Run(parser.parse_args()).run()
 
 

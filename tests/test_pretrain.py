@@ -222,6 +222,19 @@ def test_what_was_measured_is_drawn(monkeypatch, tmp_path, measures, labels):
         assert axes[2].get_legend_handles_labels()[1] == labels
 
 
+def test_a_compiled_run_saves_the_model_as_it_is(monkeypatch, recipes, corpus, tmp_path):
+    recipe = recipes / "qwen3.json"
+    run(monkeypatch, recipe, corpus, tmp_path / "plain", "--minutes", "0")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run(monkeypatch, recipe, corpus, tmp_path / "compiled", "--minutes", "0", "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain, compiled = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for key, x in plain.items():
+        torch.testing.assert_close(x, compiled[key], atol=1e-3, rtol=1e-2)
+
+
 def test_checkpoints_are_cut_into_small_files(monkeypatch, tmp_path):
     import pretrain
 
