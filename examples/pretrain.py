@@ -1,14 +1,20 @@
 """
-Pretrain a small HSA model to retrieve: text with questions about earlier text mixed in, in stages that grow.
+Pretrain a small HSA model to retrieve: text with questions about earlier text mixed in, in stages that grow. Or
+another model, to compare with.
 
     python examples/prepare_corpus.py --train_files books/train-*.jsonl.gz --vocab_size 4096 --output_dir out/corpus
     python examples/pretrain.py --recipe examples/recipes/books.json --corpus out/corpus --output out/books
     python examples/pretrain.py --recipe examples/recipes/books.json --corpus out/corpus --output out/books --resume
 
-A recipe (JSON) names the model, the optimizer and the stages. A stage has a length, a mixture of tasks, and ends when
-its tasks are mastered or its tokens are used up. Batch i of a stage is made from the seed, the stage and i alone, so a
-run that was stopped (`--minutes`, or the interrupt key) goes on as if it had not been. `--output` then holds the
-model, its tokenizer, the optimizer, all in files of at most 16 MB, log.jsonl and training.png.
+A recipe (JSON) names the model, the optimizer and the stages; with "like", it has the fields of that other recipe (a
+path relative to its own) except those it has itself. The model's fields are those of its configuration: of HSA, or of
+the "model_type" among them. A stage has a length, a mixture of tasks, and ends when its tasks are mastered or its
+tokens are used up; its `chunk_topk` and `retrieval_weight` are for HSA models and others ignore them, so that the same
+stages serve all. A task is "text" or of retrieval_tasks.py, and may have `options`. Batch i of a stage is made from
+the seed, the stage and i alone, so a run that was stopped (`--minutes`, or the interrupt key) goes on as if it had not
+been. `--output` then holds the model, its tokenizer, the optimizer, all in files of at most 16 MB, log.jsonl and
+training.png. Of every HSA layer the log has the `recall` of the chunks that answers are copied from, and their mean
+`weight` among the retrieved.
 """
 
 import argparse
@@ -25,34 +31,52 @@ from retrieval_tasks import RetrievalTasks, excerpt
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from configuration_hsa import HSAConfig
-from modeling_hsa import HSAForCausalLM
+import modeling_hsa  # noqa: F401  # registers HSA models with the Auto classes
 
 
 SHARD = "16MB"
 SECTIONS = {
+    "recipe": {"model", "optimizer", "stages"},
     "optimizer": {"name", "learning_rate", "weight_decay", "warmup_tokens", "answer_weight"},
     "stage": {"name", "length", "batch_tokens", "mixture", "most_tokens"},
+    "task": {"name", "task", "share"},
 }
-OPTIONAL = {"accuracy", "chunk_topk", "final_learning_rate", "retrieval_weight"}  # of a stage
+OPTIONAL = {
+    "stage": {"accuracy", "chunk_topk", "final_learning_rate", "retrieval_weight"},
+    "task": {"options"},
+}
 
 
 def read_recipe(file: Path) -> dict:
     """Raises: ValueError for a field that is unknown or missing."""
     recipe = json.loads(file.read_text())
-    sections = [("recipe", recipe, {"model", "optimizer", "stages"})]
-    sections += [("optimizer", recipe.get("optimizer", {}), SECTIONS["optimizer"])]
-    sections += [("stage", stage, SECTIONS["stage"]) for stage in recipe.get("stages", [])]
-    for name, fields, wanted in sections:
-        unknown = fields.keys() - wanted - (OPTIONAL if name == "stage" else set())
-        if unknown or wanted - fields.keys():
+    if "like" in recipe:
+        recipe = read_recipe(file.parent / recipe.pop("like")) | recipe
+    stages = recipe.get("stages", [])
+    sections = [("recipe", recipe), ("optimizer", recipe.get("optimizer", {}))]
+    sections += [("stage", stage) for stage in stages]
+    sections += [("task", task) for stage in stages for task in stage.get("mixture", [])]
+    for name, fields in sections:
+        unknown = fields.keys() - SECTIONS[name] - OPTIONAL.get(name, set())
+        missing = SECTIONS[name] - fields.keys()
+        if unknown or missing:
             raise ValueError(
-                f"{file}: the {name} {fields.get('name', '')!r} lacks {sorted(wanted - fields.keys())} and does not "
-                f"take {sorted(unknown)}."
+                f"{file}: the {name} {fields.get('name', '')!r} lacks {sorted(missing)} and does not take "
+                f"{sorted(unknown)}."
             )
+    if recipe["model"].get("chunk_weighting") == "joint" and any(stage.get("retrieval_weight") for stage in stages):
+        raise ValueError(
+            f"{file}: with `chunk_weighting` 'joint' chunks have no weight: no `retrieval_weight` either."
+        )
     return recipe
+
+
+def make_config(fields: dict, tokenizer) -> PreTrainedConfig:
+    """The configuration of a recipe's "model", with the vocabulary and the special tokens of the tokenizer."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoConfig.for_model(**({"model_type": "hsa"} | fields), **special, vocab_size=len(tokenizer))
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -83,11 +107,11 @@ class Batches(Dataset):
         return ids, torch.from_numpy(chosen), answers, source
 
     def _row(self, task: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        length = self.stage["length"]
+        length, options = self.stage["length"], task.get("options", {})
         source = np.full(length, -1)
         if task["task"] == "text":
-            return excerpt(self.tokens, length, rng, np.int64), source >= 0, source
-        sample = self.tasks.make(task["task"], rng, self.tokens, length, **task.get("options", {}))
+            return excerpt(self.tokens, length, rng, np.int64, **options), source >= 0, source
+        sample = self.tasks.make(task["task"], rng, self.tokens, length, **options)
         for (start, end), answer in zip(sample.values.tolist(), sample.asked.tolist()):
             if answer >= 0:
                 _mark_copy(sample.tokens, (start, end), sample.answers[answer].tolist(), source)
@@ -108,9 +132,11 @@ def _mark_copy(tokens: np.ndarray, value: tuple[int, int], answer: tuple[int, in
 
 def make_optimizers(model, settings: dict) -> list[torch.optim.Optimizer]:
     """`muon`: Muon for the matrices of the layers, AdamW for embeddings, norms and the CLS token. `adamw`: for all."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings.add(id(model.get_output_embeddings().weight))
     matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
+    for parameter in model.parameters():
+        is_matrix = parameter.dim() == 2 and id(parameter) not in embeddings
         (matrices if is_matrix else others).append(parameter)
     rate, decay = settings["learning_rate"], settings["weight_decay"]
     groups = [{"params": others, "weight_decay": 0.0}]
@@ -161,8 +187,9 @@ def train_step(
     model, optimizers, batch, answer_weight: float, retrieval_weight: float, meters: Meters, autocast
 ) -> None:
     input_ids, task, answers, source = batch
+    options = {"output_retrieval": True} if retrieval_weight > 0 else {}  # models without HSA layers do not take it
     with autocast:
-        outputs = model(input_ids, use_cache=False, output_retrieval=retrieval_weight > 0)
+        outputs = model(input_ids, use_cache=False, **options)
     logits, targets, answers = outputs.logits[:, :-1], input_ids[:, 1:], answers[:, 1:]
     per_token = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
@@ -210,18 +237,24 @@ def retrieval_loss(retrieval, source: torch.Tensor, chunk_size: int) -> torch.Te
 
 
 @torch.no_grad()
-def retrieval_recall(model, batch, autocast) -> list[float]:
-    """For every HSA layer: how often the chunk that gives an answer token away is among those retrieved for it."""
+def measure_retrieval(model, batch, autocast) -> dict[str, list[float]]:
+    """
+    For every HSA layer, of the chunks that give answer tokens away: "recall", how often such a chunk is among those
+    retrieved by any head, and "weight", how much it counts among them, 0 where it is not (the mean of the heads). No
+    "weight" with `chunk_weighting="joint"`, which has none; neither where the batch has no such chunk.
+    """
     input_ids, _, _, source = (x[:16] for x in batch)
     with autocast:
         retrieval = model(input_ids, use_cache=False, output_retrieval=True, logits_to_keep=1).retrieval
     chunk = wanted_chunks(source, model.config.chunk_size)
     wanted = chunk >= 0
-    recalls = []
-    for layer in retrieval:
-        found = (layer.indices == chunk[..., None, None]).flatten(2).any(-1)
-        recalls.append((found & wanted).sum().item() / max(wanted.sum().item(), 1))
-    return recalls
+    if not wanted.any():
+        return {}
+    found = [(layer.indices == chunk[..., None, None]).flatten(2).any(-1) for layer in retrieval]
+    measures = {"recall": [x[wanted].double().mean().item() for x in found]}
+    if model.config.chunk_weighting != "joint":
+        measures["weight"] = [found_weights(layer, chunk)[wanted].mean().item() for layer in retrieval]
+    return measures
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -262,16 +295,22 @@ def plot(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    panels = ["loss of the text", "accuracy by answer token"]
+    if any("recall" in entry for entry in entries):  # not of models without HSA layers
+        panels.append("chunk an answer is copied from")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
     names = sorted({name for entry in entries for name, value in entry.items() if isinstance(value, dict)})
     x = [entry["tokens"] / 1e6 for entry in entries]
     axes[0].plot(x, [entry["text_loss"] for entry in entries])
     for name in names:
         kept = [(at, entry[name]["accuracy"]) for at, entry in zip(x, entries) if name in entry]
         axes[1].plot(*zip(*kept), label=name)
-    for layer in range(max(len(entry["recall"]) for entry in entries)):
-        axes[2].plot(x, [entry["recall"][layer] for entry in entries], label=f"HSA layer {layer}")
-    for axis, title in zip(axes, ("loss of the text", "accuracy by answer token", "recall of the chunk retrieved")):
+    for name, style in (("weight", "-"), ("recall", "--")):
+        kept = [(at, entry[name]) for at, entry in zip(x, entries) if name in entry]
+        for layer, values in enumerate(zip(*(values for _, values in kept))):
+            label = f"{name}, HSA layer {layer}"
+            axes[2].plot([at for at, _ in kept], values, style, color=f"C{layer}", label=label)
+    for axis, title in zip(axes, panels):
         axis.set(title=title, xlabel="million tokens")
         for _, group in itertools.groupby(zip(x, entries), key=lambda pair: pair[1]["stage"]):
             axis.axvline(next(group)[0], color="0.85", zorder=0)
@@ -299,26 +338,35 @@ class Run:
         self.device = torch.device(arguments.device)
         self.state = {"stage": 0, "batch": 0, "tokens": 0, "seconds": 0.0}
         torch.manual_seed(arguments.seed)
+        config = make_config(self.recipe["model"], self.tokenizer)
+        self.has_retrieval = config.model_type == "hsa"
         resumed = arguments.resume and (self.folder / "state.json").exists()
         if resumed:
-            self.model = HSAForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
             self.state = json.loads((self.folder / "state.json").read_text())
-            for name, value in self.recipe["model"].items():
-                # (stages change how many chunks are retrieved)
-                if name != "chunk_topk" and getattr(self.model.config, name) != value:
-                    raise ValueError(
-                        f"{arguments.recipe}: the model has `{name}` {value}, but that in {self.folder} has "
-                        f"{getattr(self.model.config, name)}. Resume with its recipe, or take another --output."
-                    )
+            self._check_same_model(config)
         else:
-            self.model = HSAForCausalLM(HSAConfig(**self.recipe["model"], vocab_size=len(self.tokenizer)))
+            self.model = AutoModelForCausalLM.from_config(config)
         self.model.to(self.device).train()
+        self.trained = torch.compile(self.model, dynamic=False) if arguments.compile else self.model
         self.optimizers = make_optimizers(self.model, self.recipe["optimizer"])
         if resumed:
             load_optimizers(self.folder, self.optimizers)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not resumed:
             (self.folder / "log.jsonl").unlink(missing_ok=True)
+
+    def _check_same_model(self, config: PreTrainedConfig) -> None:
+        """Raises: ValueError where the model of the recipe is not that in `--output`."""
+        names = {"vocab_size", "rope_parameters", *self.recipe["model"]}
+        names -= {"model_type", "chunk_topk"}  # the type comes first; stages change how many chunks are retrieved
+        for name in ("model_type", *sorted(names)):
+            here, there = getattr(config, name, None), getattr(self.model.config, name, None)
+            if here != there:
+                raise ValueError(
+                    f"{self.arguments.recipe}: the model has `{name}` {here}, but that in {self.folder} has {there}. "
+                    "Resume with its recipe, or take another --output."
+                )
 
     @property
     def autocast(self):
@@ -331,7 +379,9 @@ class Run:
 
     def log(self, stage: dict, meters: Meters, batch, seconds: float, tokens: int) -> dict:
         entry = {"stage": stage["name"], "tokens": self.state["tokens"], "tokens_per_s": tokens / seconds}
-        entry |= meters.read() | {"recall": retrieval_recall(self.model, batch, self.autocast)}
+        entry |= meters.read()
+        if self.has_retrieval:
+            entry |= measure_retrieval(self.model, batch, self.autocast)
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
         return entry
@@ -339,7 +389,9 @@ class Run:
     def stage(self, number: int, deadline: float) -> bool:
         """Trains one stage, from the batch where it stands; False if time ran out."""
         stage, state = self.recipe["stages"][number], self.state
-        self.model.config.chunk_topk = stage.get("chunk_topk", self.recipe["model"].get("chunk_topk", 8))
+        if self.has_retrieval:
+            self.model.config.chunk_topk = stage.get("chunk_topk", self.recipe["model"].get("chunk_topk", 8))
+        retrieval_weight = stage.get("retrieval_weight", 0.0) if self.has_retrieval else 0.0
         names = [task["name"] for task in stage["mixture"]]
         meters = Meters(names, self.device)
         batches = Batches(self.arguments.corpus, self.tasks, stage, (self.arguments.seed, number))
@@ -357,8 +409,7 @@ class Run:
             for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
                 group["lr"] = rate
             weight = self.recipe["optimizer"]["answer_weight"]
-            retrieval_weight = stage.get("retrieval_weight", 0.0)
-            train_step(self.model, self.optimizers, batch, weight, retrieval_weight, meters, self.autocast)
+            train_step(self.trained, self.optimizers, batch, weight, retrieval_weight, meters, self.autocast)
             state["batch"] += 1
             state["tokens"] += per_batch
             since += per_batch
@@ -397,6 +448,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
     parser.add_argument("--log_every", type=int, default=50, help="batches")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="train with torch.compile, which takes its time at the start and again in every stage of another length",
+    )
     Run(parser.parse_args()).run()
 
 

@@ -6,8 +6,9 @@ Retrieval tasks of the papers on HSA (arXiv 2504.16795, 2510.17196) as token ids
     sample.tokens, sample.answer_mask                                      # [4096] each
 
 The haystack is text of a language model's corpus: `corpus` [N], token ids in memory or mapped, read at a random offset
-(and from its start again, should it end). Hidden in it are needles; a question and its answer end the sequence. The
-answer is scored by teacher forcing: every token under `answer_mask` must be the likeliest after those before it.
+(and from its start again, should it end), or at several: `parts`. Hidden in it are needles; a question and its answer
+end the sequence. The answer is scored by teacher forcing: every token under `answer_mask` must be the likeliest after
+those before it.
 
 s_niah   One needle, whose value is 7 random token ids:
              | One of the special magic values for long contexts is: <ids> |
@@ -109,11 +110,24 @@ class Sample:
         return float(self.needles[self.asked >= 0][0, 0]) / len(self.tokens)
 
 
-def excerpt(corpus: np.ndarray, length: int, rng: np.random.Generator, dtype=None) -> np.ndarray:
-    """`length` tokens of `corpus` [N] from a random offset on, going on at its start after its end."""
+def excerpt(corpus: np.ndarray, length: int, rng: np.random.Generator, dtype=None, parts: int = 1) -> np.ndarray:
+    """
+    `length` tokens of `corpus` [N] from a random offset on, going on at its start after its end. With `parts`, so many
+    excerpts one after another, of random lengths that are at least `length // (4 * parts)`.
+
+    Raises: ValueError for an empty corpus, or where `parts` is not from 1 to `length`.
+    """
     if len(corpus) == 0:
         raise ValueError("The haystack holds no tokens.")
     dtype = corpus.dtype if dtype is None else dtype
+    if not isinstance(parts, int) or not 1 <= parts <= max(length, 1):
+        raise ValueError(f"`parts` must be an integer from 1 to the {length} tokens of the haystack, got {parts!r}.")
+    if parts > 1:
+        least = max(1, length // (4 * parts))
+        rest = length - parts * least
+        cuts = np.sort(rng.integers(rest + 1, size=parts - 1))
+        sizes = least + np.diff(cuts, prepend=0, append=rest)
+        return np.concatenate([excerpt(corpus, size, rng, dtype) for size in sizes.tolist()])
     start = int(rng.integers(len(corpus)))
     first = corpus[start : start + length]
     if len(first) == length:
@@ -274,23 +288,47 @@ class RetrievalTasks:
         """Those of `dense`. They take a second or more to make: ask for them before starting workers."""
         return _Facts(self.tokenizer, self.pool, self.pool_seed)
 
-    # -- the tasks of the papers --
+    # -- the tasks of the papers; the haystack of each is made of `parts` excerpts --
 
-    def s_niah(self, rng: np.random.Generator, corpus: np.ndarray, length: int, depth: float | None = None) -> Sample:
-        """One needle, at `depth` from 0 (start of the haystack) to 1 (its end); anywhere by default."""
+    def s_niah(
+        self,
+        rng: np.random.Generator,
+        corpus: np.ndarray,
+        length: int,
+        depth: float | None = None,
+        max_distance: int | None = None,
+        parts: int = 1,
+    ) -> Sample:
+        """
+        One needle, at `depth` from 0 (start of the haystack) to 1 (its end); anywhere by default, or anywhere where
+        its end is at most `max_distance` tokens before the start of the answer. The question is between the two.
+        """
         value = rng.choice(self.value_ids, VALUE_IDS)
         joined = self._join(("key", value, "bar"), 1)
         item = self._item([joined], ("ask_key",), value, [0])
-        return self._at_the_end(rng, corpus, length, item, depth)
+        if max_distance is None:
+            return self._at_the_end(rng, corpus, length, item, parts, depth)
+        if depth is not None:
+            raise ValueError(f"`depth` {depth} and `max_distance` {max_distance} both say where the needle is.")
+        between = len(item.question)
+        if max_distance < between:
+            raise ValueError(f"`max_distance` must be at least {between}, for the question, got {max_distance}.")
+        return self._at_the_end(rng, corpus, length, item, parts, most_after=max_distance - between)
 
     def mq_niah(
-        self, rng: np.random.Generator, corpus: np.ndarray, length: int, pairs: int = 6, queries: int = 2
+        self,
+        rng: np.random.Generator,
+        corpus: np.ndarray,
+        length: int,
+        pairs: int = 6,
+        queries: int = 2,
+        parts: int = 1,
     ) -> Sample:
         """`pairs` needles at random places, of which `queries` are asked for."""
         if not 1 <= queries <= pairs:
             raise ValueError(f"`queries` must be from 1 to `pairs` ({pairs}), got {queries}.")
         item = self._number_item(self.names.draw(rng, pairs), self.numbers.draw(rng, pairs), queries)
-        return self._at_the_end(rng, corpus, length, item)
+        return self._at_the_end(rng, corpus, length, item, parts)
 
     def vt(
         self,
@@ -300,6 +338,7 @@ class RetrievalTasks:
         chains: int = 2,
         variables: int = 3,
         score: str = "last",
+        parts: int = 1,
     ) -> Sample:
         """
         `chains` chains of `variables` assignments at random places, in any order. `score`: "last", the last variable
@@ -311,7 +350,7 @@ class RetrievalTasks:
                 f"{score!r}."
             )
         names, numbers = self.names.draw(rng, chains * variables), self.vt_numbers.draw(rng, chains)
-        return self._at_the_end(rng, corpus, length, self._chain_item(names, numbers, score))
+        return self._at_the_end(rng, corpus, length, self._chain_item(names, numbers, score), parts)
 
     def dense(
         self,
@@ -322,6 +361,7 @@ class RetrievalTasks:
         min_distance: int = 0,
         max_distance: int | None = None,
         kinds: Sequence[str] = KINDS,
+        parts: int = 1,
     ) -> Sample:
         """
         Up to `items` questions along the sequence (fewer where no room is left), each with needles of its own. The
@@ -341,7 +381,7 @@ class RetrievalTasks:
         if min_distance < 0 or (max_distance is not None and max_distance < min_distance):
             raise ValueError(f"`min_distance` {min_distance} and `max_distance` {max_distance} leave no distance.")
         made = self._make_items(rng, items, kinds)
-        tokens = excerpt(corpus, length, rng, self.dtype)
+        tokens = excerpt(corpus, length, rng, self.dtype, parts)
         taken = bytearray(length)
         placed = []
         for item in made:
@@ -431,21 +471,37 @@ class RetrievalTasks:
 
     # -- sequences --
 
-    def _at_the_end(self, rng, corpus, length: int, item: Item, depth: float | None = None) -> Sample:
-        """The needles at random places of the haystack (or the only one at `depth`), the question after it."""
+    def _at_the_end(
+        self,
+        rng,
+        corpus,
+        length: int,
+        item: Item,
+        parts: int,
+        depth: float | None = None,
+        most_after: int | None = None,
+    ) -> Sample:
+        """
+        The needles at random places of the haystack (or the only one at `depth`), at most `most_after` tokens before
+        its end; the question after it.
+        """
         tail = len(item.question) + len(item.answer)
         room = length - tail - sum(map(len, item.needles))
         if room < 0:
             raise ValueError(f"`length` must be at least {length - room} for needles and question, got {length}.")
         if depth is not None and not 0 <= depth <= 1:
             raise ValueError(f"`depth` must be from 0 to 1, got {depth}.")
-        cuts = rng.integers(room + 1, size=len(item.needles)) if depth is None else np.array([round(depth * room)])
+        if depth is None:
+            first = 0 if most_after is None else max(0, room - most_after)
+            cuts = rng.integers(first, room + 1, size=len(item.needles))
+        else:
+            cuts = np.array([round(depth * room)])
         order = rng.permutation(len(cuts))
         starts, shift = np.empty(len(cuts), np.int64), 0
         for cut, i in zip(np.sort(cuts).tolist(), order.tolist()):
             starts[i] = cut + shift
             shift += len(item.needles[i])
-        haystack = excerpt(corpus, room, rng, self.dtype)
+        haystack = excerpt(corpus, room, rng, self.dtype, parts)
         tokens = np.empty(length, self.dtype)
         done, source = 0, 0
         for i in order.tolist():

@@ -94,9 +94,10 @@ def any_model(request):
 
 TASKS = {
     "s_niah": {},
+    "s_niah near": {"max_distance": 90},
     "mq_niah": {},
     "vt": {},
-    "vt all": {"score": "all"},
+    "vt all": {"score": "all", "parts": 3},
     "dense": {"items": 8},
     "dense far": {"items": 5, "min_distance": 300, "max_distance": 400},
     "dense numbers": {"items": 40, "kinds": ("number",)},
@@ -134,7 +135,8 @@ def test_needles_and_answers_are_where_the_sample_says(setting, name, length):
         assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])) and 0 <= spans[0][0] and spans[-1][1] <= length
         for (start, end), (a, b) in zip(sample.needles, sample.values):
             text = tokenizer.decode(sample.tokens[start:end])
-            assert (text.startswith(" | ") and text.endswith(" |")) or text.endswith(".")
+            is_fact = name.startswith("dense") and text.endswith(".")
+            assert is_fact or (text.startswith(" | ") and text.endswith(" |"))
             assert start < a < b < end
         # What is scored is copied, in this order, from the needles that are asked for; variables with commas between.
         for number, (start, end) in enumerate(sample.answers):
@@ -225,10 +227,53 @@ def test_depth_places_the_needle(setting):
     assert starts[2][1] <= sample.answers[0, 0]
 
 
+@pytest.mark.parametrize(("length", "bound"), [(1000, 90), (1000, 300), (300, 5000)])
+def test_near_needles_keep_their_distance(setting, length, bound):
+    tokenizer, tasks, corpus = setting
+    question = len(tasks.pieces["ask_key"])
+    samples = [tasks.s_niah(np.random.default_rng(seed), corpus, length, max_distance=bound) for seed in range(200)]
+    distances = np.array([sample.distances[0] for sample in samples])
+    furthest = min(bound, samples[0].answers[0, 0] - np.diff(samples[0].needles[0])[0])  # the needle at the start
+    assert question <= distances.min() < question + 0.1 * furthest and 0.9 * furthest < distances.max() <= furthest
+    nearest = tasks.s_niah(np.random.default_rng(0), corpus, length, max_distance=question)
+    assert nearest.distances.tolist() == [question]
+
+
 def test_haystack_goes_round():
     corpus = np.arange(10, dtype=np.uint16)
     tokens = retrieval_tasks.excerpt(corpus, 25, np.random.default_rng(0))
     assert np.array_equal(np.diff(tokens.astype(int)) % 10, np.ones(24))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8, 100])
+def test_parts_are_runs_of_the_corpus_from_random_places(parts):
+    corpus, length = np.arange(60_000, dtype=np.uint16), 800
+    sizes, starts = [], []
+    for seed in range(30):
+        tokens = retrieval_tasks.excerpt(corpus, length, np.random.default_rng(seed), parts=parts).astype(int)
+        cuts = np.flatnonzero(np.diff(tokens) % len(corpus) != 1) + 1
+        assert len(tokens) == length and len(cuts) == parts - 1
+        sizes += np.diff(cuts, prepend=0, append=length).tolist()
+        starts += tokens[[0, *cuts]].tolist()
+    assert min(sizes) >= length // (4 * parts) and (parts == 1 or len(set(sizes)) > 5)
+    assert len(set(starts)) > 0.95 * len(starts) and np.mean(starts) == pytest.approx(30_000, rel=0.3)
+    # As long as it gets: every token from another place.
+    tokens = retrieval_tasks.excerpt(corpus, 5, np.random.default_rng(0), parts=5).astype(int)
+    assert len(tokens) == 5 and (np.diff(tokens) != 1).all()
+
+
+@pytest.mark.parametrize("task", ["s_niah", "mq_niah", "vt", "dense"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_haystacks_of_tasks_are_made_of_parts(task, parts):
+    """With a corpus of ids that no template has. `dense` writes over its haystack, others put needles into theirs."""
+    tasks = retrieval_tasks.RetrievalTasks(TOKENIZER, pool=500)
+    corpus = np.arange(1000, 61_000, dtype=np.uint16)
+    for seed in range(5):
+        tokens = tasks.make(task, np.random.default_rng(seed), corpus, 1200, parts=parts).tokens.astype(int)
+        at = np.flatnonzero(tokens >= 1000)
+        haystack = tokens[at]
+        offsets = (haystack - (at if task == "dense" else np.arange(len(haystack)))) % len(corpus)
+        assert len(set(offsets.tolist())) == parts
 
 
 @pytest.mark.parametrize(
@@ -236,6 +281,11 @@ def test_haystack_goes_round():
     [
         ("s_niah", {"length": 20}, "`length` must be at least"),
         ("s_niah", {"depth": 2}, "`depth` must be from 0 to 1"),
+        ("s_niah", {"max_distance": 3}, "`max_distance` must be at least .*, for the question, got 3"),
+        ("s_niah", {"max_distance": 90, "depth": 0.5}, "`depth` 0.5 and `max_distance` 90 both say"),
+        ("s_niah", {"parts": 0}, "`parts` must be an integer from 1 to .* got 0"),
+        ("dense", {"parts": 501}, "`parts` must be an integer from 1 to the 500 tokens of the haystack, got 501"),
+        ("vt", {"parts": 2.5}, "`parts` must be an integer from 1 to .* got 2.5"),
         ("mq_niah", {"queries": 7}, "`queries` must be from 1 to `pairs`"),
         ("vt", {"score": "none"}, "`score` 'last' or 'all'"),
         ("dense", {"kinds": ("words",)}, "`kinds` must be of number, ids, chain"),

@@ -3,7 +3,9 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = sorted(file.name for file in (EXAMPLES / "recipes").glob("*.json"))
 
 RECIPE = {
     "model": {
@@ -26,7 +29,7 @@ RECIPE = {
             "name": "near", "length": 256, "batch_tokens": 1024, "most_tokens": 4096,
             "mixture": [
                 {"name": "near", "task": "dense", "share": 0.5, "options": {"items": 2, "max_distance": 120}},
-                {"name": "text", "task": "text", "share": 0.5},
+                {"name": "text", "task": "text", "share": 0.5, "options": {"parts": 3}},
             ],
         },
         {
@@ -34,10 +37,19 @@ RECIPE = {
             "final_learning_rate": 0.1, "retrieval_weight": 0.5,
             "mixture": [
                 {"name": "s_niah", "task": "s_niah", "share": 0.4},
-                {"name": "vt", "task": "vt", "share": 0.6, "options": {"score": "all"}},
+                {"name": "vt", "task": "vt", "share": 0.6, "options": {"score": "all", "parts": 2}},
             ],
         },
     ],
+}  # fmt: skip
+BASELINE = {
+    "like": "hsa.json",
+    "model": {
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 1, "num_hidden_layers": 2, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 2,
+    },
 }  # fmt: skip
 
 
@@ -67,10 +79,12 @@ def corpus(tmp_path_factory, examples) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("recipe") / "recipe.json"
-    file.write_text(json.dumps(RECIPE))
-    return file
+def recipes(tmp_path_factory) -> Path:
+    """A folder with the recipes hsa.json and qwen3.json."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "hsa.json").write_text(json.dumps(RECIPE))
+    (folder / "qwen3.json").write_text(json.dumps(BASELINE))
+    return folder
 
 
 def run(monkeypatch, recipe, corpus, output, *arguments) -> None:
@@ -105,25 +119,120 @@ def test_answers_are_copies_of_what_stands_earlier(corpus, stage):
     assert 0.7 * answered < copied <= answered  # commas of chains are copied from nowhere
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, recipe, corpus, tmp_path):
+@pytest.mark.parametrize("parts", [1, 5])
+def test_text_is_made_of_as_many_excerpts_as_asked_for(tmp_path, parts):
+    from pretrain import Batches
+
+    np.save(tmp_path / "train.npy", np.arange(50_000, dtype=np.uint16))
+    mixture = [{"name": "text", "task": "text", "share": 1, "options": {"parts": parts}}]
+    ids, _, answers, source = Batches(tmp_path, None, {"length": 600, "batch_tokens": 6000, "mixture": mixture}, (0,))[
+        0
+    ]
+    assert ((ids.diff(dim=1) != 1).sum(1) == parts - 1).all()
+    assert len(set(ids[:, 0].tolist())) == 10 and not answers.any() and (source == -1).all()
+
+
+@pytest.mark.parametrize(("name", "stops"), [("hsa", 8), ("qwen3", 2)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, recipes, corpus, tmp_path, name, stops):
+    recipe = recipes / f"{name}.json"
     run(monkeypatch, recipe, corpus, tmp_path / "once")
-    for _ in range(9):  # every time one batch
+    for _ in range(stops):  # every time one batch; after 8 times the run is over
         run(monkeypatch, recipe, corpus, tmp_path / "often", "--minutes", "0", "--resume")
-    states = [json.loads((tmp_path / name / "state.json").read_text()) for name in ("once", "often")]
+    run(monkeypatch, recipe, corpus, tmp_path / "often", "--resume")
+    states = [json.loads((tmp_path / folder / "state.json").read_text()) for folder in ("once", "often")]
     assert states[0]["stage"] == states[1]["stage"] == 2 and states[0]["tokens"] == states[1]["tokens"] == 7168
     for file in ("model.safetensors", "optimizer.safetensors"):
-        once, often = (load_file(tmp_path / name / file) for name in ("once", "often"))
+        once, often = (load_file(tmp_path / folder / file) for folder in ("once", "often"))
         assert once.keys() == often.keys()
-        for name, x in once.items():
-            assert torch.equal(x, often[name]), name
+        for key, x in once.items():
+            assert torch.equal(x, often[key]), key
 
     entries = [json.loads(line) for line in (tmp_path / "often" / "log.jsonl").read_text().splitlines()]
     assert [entry["stage"] for entry in entries] == ["near"] * 4 + ["far"] * 3
-    assert all(0 <= recall <= 1 for entry in entries for recall in entry["recall"])
     assert {"accuracy", "row_accuracy"} == entries[-1]["vt"].keys()
     assert (tmp_path / "often" / "training.png").exists()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "often")
-    assert model.config.chunk_topk == 4
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "often"), AutoTokenizer.from_pretrained(corpus)
+    assert model.config.model_type == name and model.config.vocab_size == len(tokenizer)
+    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(model.config, special) == getattr(tokenizer, special) is not None
+        assert getattr(model.generation_config, special) == getattr(tokenizer, special)
+    if name == "hsa":
+        assert model.config.chunk_topk == 4
+        for entry in entries[-3:]:
+            assert all(
+                0 < weight < recall <= 1 for weight, recall in zip(entry["weight"], entry["recall"], strict=True)
+            )
+    else:
+        assert not any({"recall", "weight"} & entry.keys() for entry in entries)
+
+
+def test_retrieval_is_measured_where_answers_are_copied():
+    """Position 50 predicts a token copied from chunk 1, 55 one of chunk 0; two heads retrieve two chunks each."""
+    from pretrain import measure_retrieval
+
+    source = torch.full((1, 64), -1)
+    source[0, 51], source[0, 56], source[0, 10] = 20, 3, 5  # that of 10 is in a chunk that is not complete
+    indices = torch.tensor([2, 1]).expand(1, 64, 2, 2).clone()
+    indices[0, 55] = torch.tensor([[2, 1], [1, 0]])
+    weights = torch.tensor([0.9, 0.1]).expand(1, 64, 2, 2).clone()
+    weights[0, 50, 1] = torch.tensor([0.4, 0.6])
+    never = SimpleNamespace(indices=torch.full_like(indices, 3), weights=weights)
+    retrieval = [SimpleNamespace(indices=indices, weights=weights), never]
+
+    def model(input_ids, **options):
+        return SimpleNamespace(retrieval=retrieval)
+
+    model.config = SimpleNamespace(chunk_size=16, chunk_weighting="softmax")
+    batch = (source, torch.zeros(1), source >= 0, source)
+    autocast = torch.autocast("cpu", enabled=False)
+    measures = measure_retrieval(model, batch, autocast)
+    assert measures["recall"] == [1, 0]
+    assert measures["weight"] == pytest.approx([(0.1 + 0.6 + 0 + 0.1) / 4, 0])
+    assert measure_retrieval(model, [torch.full_like(source, -1)] * 4, autocast) == {}
+    model.config.chunk_weighting = "joint"
+    for layer in retrieval:
+        layer.weights = None
+    assert measure_retrieval(model, batch, autocast) == {"recall": [1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("measures", "labels"),
+    [
+        ([{}, {}], None),
+        ([{"recall": [1.0, 0.5]}, {}], ["recall, HSA layer 0", "recall, HSA layer 1"]),
+        ([{}, {"recall": [1.0], "weight": [0.2]}], ["weight, HSA layer 0", "recall, HSA layer 0"]),
+    ],
+)
+def test_what_was_measured_is_drawn(monkeypatch, tmp_path, measures, labels):
+    import matplotlib.pyplot as plt
+    from pretrain import plot
+
+    entries = [
+        {"stage": "near", "tokens": i, "text_loss": 2.0, "vt": {"accuracy": 0.5}} | x for i, x in enumerate(measures)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    plot(tmp_path)
+    monkeypatch.undo()
+    axes = figures[0].axes
+    plt.close(figures[0])
+    assert (tmp_path / "training.png").exists() and len(axes) == (3 if labels else 2)
+    if labels:
+        assert axes[2].get_legend_handles_labels()[1] == labels
+
+
+def test_a_compiled_run_saves_the_model_as_it_is(monkeypatch, recipes, corpus, tmp_path):
+    recipe = recipes / "qwen3.json"
+    run(monkeypatch, recipe, corpus, tmp_path / "plain", "--minutes", "0")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run(monkeypatch, recipe, corpus, tmp_path / "compiled", "--minutes", "0", "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain, compiled = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for key, x in plain.items():
+        torch.testing.assert_close(x, compiled[key], atol=1e-3, rtol=1e-2)
 
 
 def test_checkpoints_are_cut_into_small_files(monkeypatch, tmp_path):
@@ -159,6 +268,8 @@ def test_checkpoints_are_cut_into_small_files(monkeypatch, tmp_path):
         (lambda r: r.pop("optimizer"), r"the recipe '' lacks \['optimizer'\]"),
         (lambda r: r["stages"][1].pop("length"), r"the stage 'far' lacks \['length'\]"),
         (lambda r: r["stages"][0].update(steps=3), r"the stage 'near' .*does not take \['steps'\]"),
+        (lambda r: r["stages"][0]["mixture"][1].update(parts=3), r"the task 'text' .*does not take \['parts'\]"),
+        (lambda r: r["model"].update(chunk_weighting="joint"), "'joint' chunks have no weight"),
         (lambda r: r["optimizer"].update(name="sgd"), "`optimizer.name` must be 'muon' or 'adamw', got 'sgd'"),
     ],
 )
@@ -170,7 +281,17 @@ def test_recipes_that_say_nonsense_are_refused(monkeypatch, corpus, tmp_path, ch
         run(monkeypatch, tmp_path / "recipe.json", corpus, tmp_path / "out")
 
 
-def test_what_does_not_belong_together_is_refused(monkeypatch, recipe, corpus, tmp_path):
+def test_a_recipe_has_the_fields_of_the_one_it_is_like(recipes, tmp_path):
+    from pretrain import read_recipe
+
+    assert read_recipe(recipes / "qwen3.json") == RECIPE | {"model": BASELINE["model"]}
+    (recipes / "deeper").mkdir()
+    (recipes / "deeper" / "other.json").write_text(json.dumps({"like": "../qwen3.json", "stages": []}))
+    assert read_recipe(recipes / "deeper" / "other.json") == RECIPE | {"model": BASELINE["model"], "stages": []}
+
+
+def test_what_does_not_belong_together_is_refused(monkeypatch, recipes, corpus, tmp_path):
+    recipe = recipes / "hsa.json"
     with pytest.raises(ValueError, match="`--corpus`: .* has no train.npy. Make it with prepare_corpus.py"):
         run(monkeypatch, recipe, tmp_path, tmp_path / "out")
     run(monkeypatch, recipe, corpus, tmp_path / "out", "--minutes", "0")
@@ -179,23 +300,59 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, recipe, corpus, t
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="the model has `sliding_window` 32, but that in .* has 64"):
         run(monkeypatch, tmp_path / "other.json", corpus, tmp_path / "out", "--resume")
+    with pytest.raises(ValueError, match="the model has `model_type` qwen3, but that in .* has hsa"):
+        run(monkeypatch, recipes / "qwen3.json", corpus, tmp_path / "out", "--resume")
+    run(monkeypatch, recipes / "qwen3.json", corpus, tmp_path / "qwen3", "--minutes", "0")
+    other = json.loads(json.dumps(BASELINE))
+    other["model"]["rope_parameters"]["rope_theta"] = 500.0
+    (recipes / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="the model has `rope_parameters` .*500.0.*, but that in .* has .*10000.0"):
+        run(monkeypatch, recipes / "other.json", corpus, tmp_path / "qwen3", "--resume")
 
 
-def test_the_recipe_of_the_repository_makes_a_model_that_fits(corpus):
-    """Its weights in bf16 are at most 20 MB with a vocabulary of 4,096, and all of its stages make batches."""
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_of_the_repository_make_models_that_fit(corpus, name):
+    """Weights in bf16 are at most 20 MB with a vocabulary of 4,096, and baselines have as many parameters as HSA."""
+    import pretrain
+
+    def parameters(recipe: str) -> int:
+        config = pretrain.make_config(pretrain.read_recipe(EXAMPLES / "recipes" / recipe)["model"], tokenizer)
+        config.vocab_size = 4096
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+
+    tokenizer = AutoTokenizer.from_pretrained(corpus)
+    assert 2 * parameters(name) <= 20e6
+    assert parameters(name) == pytest.approx(parameters("books.json"), rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["books.json", "books_next.json"])
+def test_all_stages_of_the_recipes_make_batches(corpus, name):
     import pretrain
     from retrieval_tasks import RetrievalTasks
 
-    from configuration_hsa import HSAConfig
-    from modeling_hsa import HSAForCausalLM
-
-    recipe = pretrain.read_recipe(EXAMPLES / "recipes" / "books.json")
-    with torch.device("meta"):
-        model = HSAForCausalLM(HSAConfig(**recipe["model"], vocab_size=4096))
-    assert 2 * model.num_parameters() <= 20e6
     tokenizer = AutoTokenizer.from_pretrained(corpus)
     tasks = RetrievalTasks(tokenizer)
-    for number, stage in enumerate(recipe["stages"]):
-        stage = dict(stage, batch_tokens=2 * stage["length"])
-        ids, _, _, _ = pretrain.Batches(corpus, tasks, stage, (0, number))[0]
-        assert ids.shape == (2, stage["length"]) and int(ids.max()) < len(tokenizer)
+    for number, stage in enumerate(pretrain.read_recipe(EXAMPLES / "recipes" / name)["stages"]):
+        names = [task["name"] for task in stage["mixture"]]
+        assert len(set(names)) == len(names) and sum(task["share"] for task in stage["mixture"]) == pytest.approx(1)
+        for task in stage["mixture"]:
+            batches = pretrain.Batches(
+                corpus, tasks, stage | {"batch_tokens": 2 * stage["length"], "mixture": [task]}, (0, number)
+            )
+            ids, _, _, _ = batches[0]
+            assert ids.shape == (2, stage["length"]) and int(ids.max()) < len(tokenizer)
+
+
+def test_baselines_differ_in_what_they_see_alone():
+    from pretrain import read_recipe
+
+    hsa, window, full = (read_recipe(EXAMPLES / "recipes" / f"books{name}.json") for name in ("", "_window", "_full"))
+    assert hsa["stages"] == window["stages"] == full["stages"] and hsa["optimizer"] == window["optimizer"]
+    assert window["model"].pop("use_sliding_window") is True
+    assert window["model"].pop("sliding_window") == hsa["model"]["sliding_window"]
+    assert full["model"].pop("use_sliding_window") is False
+    layers = window["model"]["num_hidden_layers"]
+    assert window["model"].pop("layer_types") == ["sliding_attention"] * layers
+    assert full["model"].pop("layer_types") == ["full_attention"] * layers
+    assert window["model"] == full["model"]
