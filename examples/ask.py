@@ -7,7 +7,7 @@ Read a long document once, then ask about it, and see which passages the answers
 Without `--document`, a made-up chronicle of `--characters` is read, with facts hidden in it that nothing else in the
 text gives away (`synthetic_text.py`), and every fact is asked for. For each answer the passages are shown that its
 tokens retrieved: how much they counted, averaged over the HSA layers and the tokens of the answer, and where in the
-document they stand.
+document they stand. Where nothing stands out, the answer is a guess.
 """
 
 import argparse
@@ -20,12 +20,14 @@ from typing import NamedTuple
 import torch
 from generate import PromptBar, RetrievalLog
 from synthetic_text import make_document
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import modeling_hsa  # noqa: F401  # registers HSA models with the Auto classes
 
 
 HUB_CARD = Path(__file__).parents[1] / "hub_card"
 MAP_WIDTH = 60
-LEAST_WEIGHT = 0.05  # of a passage that is shown
+LEAST_WEIGHT = 0.2  # of a passage that is shown; 8 passages that all count the same have 0.125
 
 
 class Question(NamedTuple):
@@ -42,30 +44,56 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--facts", type=int, default=5, help="facts hidden in the chronicle (default 5)")
     parser.add_argument("--seed", type=int, default=1, help="of the chronicle")
     parser.add_argument("--passages", type=int, default=2, help="most passages shown for an answer (default 2)")
-    parser.add_argument("--max_new_tokens", type=int, default=16, help="of an answer, which ends with its sentence")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=16, help="of an answer, which ends with its sentence or line"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="float32, bfloat16, ...; by default float32 on a CPU, else as saved")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     arguments = parser.parse_args()
     if (arguments.document is None) == bool(arguments.question):
         parser.error("`--question` needs `--document`, and `--document` a `--question`")
-    if arguments.document is not None and not arguments.document.is_file():
-        parser.error(f"`--document`: there is no file {arguments.document}")
+    if not all(question.strip() for question in arguments.question):
+        parser.error("a `--question` is empty")
+    for name in ("characters", "facts", "passages", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"`--{name}` must be at least 1, got {getattr(arguments, name)}")
     return arguments
 
 
+def read_text(arguments: argparse.Namespace) -> tuple[str, list[Question]]:
+    """The document and the questions about it. Raises: ValueError if it cannot be had."""
+    if arguments.document is None:
+        made = make_document(arguments.seed, arguments.characters, arguments.facts)
+        return made.text.rstrip(), [Question(fact.question, fact.answer) for fact in made.facts]
+    try:
+        text = arguments.document.read_text(encoding="utf-8").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--document`: cannot read {arguments.document} as UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError(f"`--document`: {arguments.document} holds no text")
+    return text, [Question(question.strip()) for question in arguments.question]
+
+
 def load(arguments: argparse.Namespace):
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
+    """Raises: ValueError if there is no such model, or it is not an HSA model."""
     options = {"trust_remote_code": arguments.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(arguments.model, **options)
+    except OSError as error:
+        raise ValueError(
+            f"`--model`: no folder {arguments.model}, nor could it be had from the Hub: {error}"
+        ) from None
+    if config.model_type != "hsa":
+        raise ValueError(f"`--model` must be an HSA model, not one of type {config.model_type!r}")
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
-    if model.config.model_type != "hsa":
-        sys.exit(f"`--model` must be an HSA model, not one of type {model.config.model_type!r}.")
     return model.to(arguments.device), tokenizer
 
 
 def bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+    return f"\033[1m{text}\033[0m" if text and sys.stdout.isatty() else text
 
 
 def encode(tokenizer, text: str, device: str) -> torch.Tensor:
@@ -107,46 +135,47 @@ def ask(model, tokenizer, document: torch.Tensor, cache, question: str, max_new_
     return answer.strip().removesuffix("."), dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 
-def show_passages(weights: dict[int, float], document: torch.Tensor, chunk_size: int, tokenizer, answer, most: int):
+def show_passages(
+    weights: dict[int, float], document: torch.Tensor, chunk_size: int, tokenizer, answer: str, most: int
+):
     chunks = len(document[0]) // chunk_size
     shown = [item for item in weights.items() if item[1] >= LEAST_WEIGHT][:most]
     for chunk, weight in shown:
-        place = min(chunk * MAP_WIDTH // max(chunks, 1), MAP_WIDTH - 1)
+        place = min(chunk * MAP_WIDTH // chunks, MAP_WIDTH - 1)
         line = "-" * place + "^" + "-" * (MAP_WIDTH - 1 - place)
         passage = tokenizer.decode(document[0, chunk * chunk_size : (chunk + 1) * chunk_size])
         passage = " ".join(passage.split())
         if answer:
             passage = passage.replace(answer, bold(answer))
-        print(
-            f"   [{line}] {chunk / max(chunks, 1):.0%} of the way, chunk {chunk:,} of {chunks:,}, weight {weight:.2f}"
-        )
+        print(f"   [{line}] {chunk / chunks:.0%} of the way, chunk {chunk:,} of {chunks:,}, weight {weight:.2f}")
         print(f"   ... {passage} ...")
     if not shown:
-        print(f"   no passage has a weight of {LEAST_WEIGHT} or more")
+        heaviest = f"the heaviest has a weight of {max(weights.values()):.2f}" if weights else "none was retrieved"
+        print(f"   No passage stands out ({heaviest}).")
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.document is None:
-        made = make_document(arguments.seed, arguments.characters, arguments.facts)
-        text = made.text
-        questions = [Question(fact.question, fact.answer) for fact in made.facts]
-        title = f"A chronicle with {len(made.facts)} facts hidden in it"
-    else:
-        text = arguments.document.read_text(encoding="utf-8")
-        questions = [Question(question) for question in arguments.question]
-        title = str(arguments.document)
-
-    model, tokenizer = load(arguments)
+    try:
+        text, questions = read_text(arguments)
+        model, tokenizer = load(arguments)
+    except ValueError as error:
+        sys.exit(f"ask.py: {error}")
     config = model.config
-    document = encode(tokenizer, text.rstrip(), arguments.device)
-    times = document.shape[1] / config.max_position_embeddings
-    print(f"{model.num_parameters() / 1e6:.1f}M parameters, trained on {config.max_position_embeddings:,} tokens.")
+    document = encode(tokenizer, text, arguments.device)
+    title = (
+        f"A chronicle with {len(questions)} facts hidden in it" if arguments.document is None else arguments.document
+    )
+    print(
+        f"{model.num_parameters() / 1e6:.1f}M parameters, trained on sequences of at most "
+        f"{config.max_position_embeddings:,} tokens."
+    )
     print(
         f"Each token sees the last {config.sliding_window} tokens and retrieves {config.chunk_topk} chunks of "
         f"{config.chunk_size} from all before."
     )
-    print(f"{title}: {len(text):,} characters, {document.shape[1]:,} tokens, {times:.0f} times the training length.\n")
+    times = document.shape[1] / config.max_position_embeddings
+    print(f"{title}: {len(text):,} characters, {document.shape[1]:,} tokens, {times:.1f} times the training length.\n")
     start = time.perf_counter()
     cache = read(model, document)
     print(f"Read in {time.perf_counter() - start:.0f} s.")
@@ -158,7 +187,7 @@ def main() -> None:
         if question.expected is not None:
             right += answer == question.expected
             verdict = "   (right)" if answer == question.expected else f"   (wrong: {question.expected})"
-        print(f"\n{question.text}\n-> {bold(answer)}{verdict}")
+        print(f"\n{question.text}\n-> {bold(answer) or '(nothing: the model ended its answer at once)'}{verdict}")
         show_passages(weights, document, config.chunk_size, tokenizer, answer, arguments.passages)
     if arguments.document is None:
         print(f"\n{right} of {len(questions)} right.")

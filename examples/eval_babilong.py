@@ -1,7 +1,7 @@
 """
 BABILong: bAbI stories told between the sentences of books, and a question about them at the end.
 
-    python examples/eval_babilong.py --model out/books --babi babi --haystack books/validation.jsonl.gz \
+    python examples/eval_babilong.py --model out/books --babi babi --haystack books/validation.jsonl.gz \\
         --output out/books/babilong --lengths 1024 4096 16384 --samples 100 --shots 2
 
 The benchmark is Kuratov et al., "BABILong: Testing the Limits of LLMs with Long Context Reasoning-in-a-Haystack",

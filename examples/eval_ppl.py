@@ -1,7 +1,7 @@
 """
 Does more context help? Perplexity and bits per byte of held-out text, by the length of the context.
 
-    python examples/eval_ppl.py --model out/books --haystack books/validation.jsonl.gz --output out/books/ppl \
+    python examples/eval_ppl.py --model out/books --haystack books/validation.jsonl.gz --output out/books/ppl \\
         --lengths 512 1024 2048 4096 8192 16384 --samples 50
 
 `--haystack` is the held-out text: .txt, .jsonl, .jsonl.gz, or its tokens (validation.npy of prepare_corpus.py).

@@ -35,7 +35,7 @@ from modeling_hsa.hub import save_code  # noqa: E402
 
 NAME = "hsa-books-10m"
 NOT_UPLOADED = ["push.py", "__pycache__/*"]
-BABILONG = "RMT-team/babilong"
+BABILONG, BABILONG_LENGTH = "RMT-team/babilong", 4096
 
 
 def percent(row: dict) -> str:
@@ -108,6 +108,7 @@ def update(folder: Path) -> None:
             f"after {shots} solved examples: not the benchmark's own files and prompts",
         )
         for row in content["rows"]
+        if row["length"] == BABILONG_LENGTH
     ]
     (folder / ".eval_results").mkdir(exist_ok=True)
     text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=119)

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from .helpers import run_without_the_package
 from .test_examples import REPOSITORY, run_example
@@ -145,16 +145,33 @@ def test_ask_about_a_document_of_ones_own(tmp_path):
     assert "The locker number of Ada the baker is 48213." in run.stdout
 
 
+@pytest.mark.slow
+def test_ask_says_when_it_does_not_know(tmp_path):
+    (tmp_path / "notes.txt").write_text("Rain fell on the market square and nobody went out. " * 300)
+    words = ["--question", "What is the locker number of Ada the baker?"]
+    run = run_example("ask.py", tmp_path, *words, document=tmp_path / "notes.txt")
+    assert "No passage stands out (the heaviest has a weight of 0." in run.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"question": "Why?"}, "`--question` needs `--document`"),
-        ({"document": "missing.txt", "question": "Why?"}, "`--document`: there is no file missing.txt"),
+        ({"document": "notes.txt", "question": " "}, "a `--question` is empty"),
+        ({"facts": 0}, "`--facts` must be at least 1, got 0"),
+        ({"document": "missing.txt", "question": "Why?"}, "cannot read missing.txt as UTF-8 text: .*No such file"),
+        ({"document": "latin.txt", "question": "Why?"}, "cannot read latin.txt as UTF-8 text: .*can't decode"),
+        ({"document": "empty.txt", "question": "Why?"}, "empty.txt holds no text"),
+        ({"model": "nowhere"}, "`--model`: no folder nowhere"),
+        ({"model": "llama"}, "`--model` must be an HSA model, not one of type 'llama'"),
     ],
 )
 def test_ask_refuses_what_it_cannot_do(tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("Müller".encode("latin-1"))
+    LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(AssertionError, match=message):
-        run_example("ask.py", tmp_path, **arguments)
+        run_example("ask.py", tmp_path, folder=tmp_path, **arguments)
 
 
 def test_tokenizer_keeps_digits_apart():
