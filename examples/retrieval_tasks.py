@@ -46,17 +46,28 @@ VT_DIGITS = 5
 FACT_KINDS = {"fact": "number", "word": "word", "uuid": "uuid"}  # and what their values are called
 KINDS = ("number", "ids", "chain", *FACT_KINDS)
 
-# Sentences and questions of facts; the value is the answer. The last has the wording of RULER (arXiv 2404.06654).
-FACTS = (
-    (" The {what} of {name} the {trade} is {value}.", " What is the {what} of {name} the {trade}?"),
-    (" {name} the {trade} has the {what} {value}.", " Which {what} has {name} the {trade}?"),
-    (" The {what} {value} belongs to {name} the {trade}.", " Which {what} belongs to {name} the {trade}?"),
-    (
-        " One of the special magic {kind}s for {trade}-{what} is: {value}.",
-        " What is the special magic {kind} for {trade}-{what} mentioned in the provided text? The special magic "
-        "{kind} for {trade}-{what} mentioned in the provided text is",
-    ),
+# Facts in plain English: sentences, and questions that go with any of them; the value is the answer.
+FACT_SENTENCES = (
+    "The {what} of {name} the {trade} is {value}.",
+    "{name} the {trade} has the {what} {value}.",
+    "The {what} {value} belongs to {name} the {trade}.",
+    "The {what} that {name} the {trade} was given is {value}.",
 )
+FACT_QUESTIONS = (
+    "What is the {what} of {name} the {trade}?",
+    "Which {what} does {name} the {trade} have?",
+    "Which {what} belongs to {name} the {trade}?",
+    "Question: What is the {what} of {name} the {trade}? Answer:",
+    "Question: What is the {what} of {name} the {trade}?\nAnswer:",
+)
+# The wording of RULER (arXiv 2404.06654), of every fifth fact.
+RULER_SENTENCE = "One of the special magic {kind}s for {trade}-{what} is: {value}."
+RULER_QUESTION = (
+    "What is the special magic {kind} for {trade}-{what} mentioned in the provided text? The special magic {kind} for "
+    "{trade}-{what} mentioned in the provided text is"
+)
+FACT_RULER = 0.2
+FACT_BREAKS = (" ", " ", "\n", "\n\n")  # before a question, equally likely
 FACT_DIGITS = (4, 5, 6, 7)
 
 # How often `dense` tries to find room for an item before it goes on with the next.
@@ -172,50 +183,71 @@ def _encode(tokenizer, text: str | list[str]):
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _words(vocabulary: list[str]) -> list[str]:
-    """The tokens of a vocabulary that are words of at least three letters, with a space before them."""
-    words = [text[1:] for text in vocabulary if text[:1] == " " and len(text) > 3]
-    return [word for word in words if word.isascii() and word.isalpha()]
+def _words(vocabulary: list[str], rng: np.random.Generator, count: int) -> tuple[list[str], list[str]]:
+    """
+    Words of one token, of at least three letters, from the texts of a vocabulary; and `count` made up of two or three
+    tokens, as are the rarer words of a language.
+    """
+    ascii_words = [text for text in vocabulary if text.strip().isascii() and text.strip().isalpha()]
+    whole = [text[1:] for text in ascii_words if text[0] == " " and len(text) > 3]
+    starts = [text[1:] for text in ascii_words if text[0] == " "]
+    ends = [text for text in ascii_words if text[0] != " " and text.islower() and len(text) > 1]
+    if not starts or not ends:
+        return whole, []
+    sizes = rng.integers(1, 3, size=count)
+    made = [rng.choice(starts) + "".join(rng.choice(ends, size)) for size in sizes]
+    return whole, [word for word in made if word.islower() or word.istitle()]
 
 
 class _Facts:
     """
     Facts in plain English and their values, as token ids. There are about `pool` facts of kind "fact" and a quarter as
-    many of the others, no two of a kind about the same thing; half of them take their words from the lists of
-    `synthetic_text`, half from the vocabulary. Values are drawn anew each time.
+    many of each other, no two of a kind about the same thing. Their words are from the lists of `synthetic_text`, from
+    the vocabulary, or made up of its tokens. Values are drawn anew each time.
     """
 
     def __init__(self, tokenizer, pool: int, seed: int):
         def encode(texts: list[str]) -> list[np.ndarray]:
             return [np.array(ids, np.int64) for ids in _encode(tokenizer, texts)]
 
-        words = _words(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
         rng = np.random.default_rng([seed, pool, 1])
+        vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        sources = _words(vocabulary, rng, pool)
         sizes = {kind: pool if kind == "fact" else pool // 4 for kind in FACT_KINDS}
         self.facts = {
-            kind: list(zip(*map(encode, self._make(words, name, sizes[kind], seed))))
+            kind: list(zip(*map(encode, self._make(rng, sources, name, sizes[kind]))))
             for kind, name in FACT_KINDS.items()
         }
         uuids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(sizes["uuid"])]
-        texts = {"word": [word for word in words if word.islower()] or TRADES, "uuid": uuids}
+        texts = {"word": [word for words in sources for word in words if word.islower()] or TRADES, "uuid": uuids}
         self.values = {kind: encode([f" {text}" for text in texts[kind]]) for kind in texts}
         self.numbers = [
             _Strings(lambda text: _encode(tokenizer, text), string.digits, n, "1", pool, seed) for n in FACT_DIGITS
         ]
 
     @staticmethod
-    def _make(words: list[str], name: str, pool: int, seed: int) -> list[list[str]]:
+    def _make(rng: np.random.Generator, sources, name: str, pool: int) -> list[list[str]]:
         """What stands before the values, what stands after them, and the questions. `name`: of the kind of value."""
-        capital, small = [w for w in words if w.istitle()], [w for w in words if w.islower()]
-        lists = {"what": (KINDS_OF_SECRET, small), "name": (NAMES, capital), "trade": (TRADES, small)}
-        rng = np.random.default_rng([seed, pool])
+
+        def slot(listed, wanted) -> list[list[str]]:
+            return [words for words in (listed, *(list(filter(wanted, words)) for words in sources)) if words]
+
+        slots = {
+            "what": slot(KINDS_OF_SECRET, str.islower),
+            "name": slot(NAMES, str.istitle),
+            "trade": slot(TRADES, str.islower),
+        }
         facts = {}
-        for template, from_words in zip(rng.integers(len(FACTS), size=pool), rng.random(pool) < 0.5):
-            chosen = {slot: (own if from_words and own else listed) for slot, (listed, own) in lists.items()}
-            chosen = {slot: chosen[slot][rng.integers(len(chosen[slot]))] for slot in chosen}
-            sentence, question = FACTS[template]
-            parts = (*sentence.split(" {value}"), question)
-            facts[tuple(chosen.values())] = [part.format(kind=name, **chosen) for part in parts]
+        for _ in range(pool):
+            words = {key: lists[rng.integers(len(lists))] for key, lists in slots.items()}
+            words = {key: among[rng.integers(len(among))] for key, among in words.items()}
+            sentence, question = RULER_SENTENCE, RULER_QUESTION
+            if rng.random() >= FACT_RULER:
+                sentence = FACT_SENTENCES[rng.integers(len(FACT_SENTENCES))]
+                question = FACT_QUESTIONS[rng.integers(len(FACT_QUESTIONS))]
+            question = FACT_BREAKS[rng.integers(len(FACT_BREAKS))] + question
+            parts = (*f" {sentence}".split(" {value}"), question)
+            facts[tuple(words.values())] = [part.format(kind=name, **words) for part in parts]
         return list(map(list, zip(*facts.values())))
 
     def draw(self, rng: np.random.Generator, kind: str, count: int) -> list[tuple[np.ndarray, ...]]:
@@ -240,8 +272,8 @@ class RetrievalTasks:
         tokenizer: of Transformers.
         value_ids: the range (low, high) that the random ids of `s_niah` are from; all ids by default. Special tokens
             are never drawn.
-        pool: names, facts and numbers are drawn from lists of so many (numbers only where a digit is not always a
-            token).
+        pool: names and numbers are drawn from lists of so many (only where a letter or digit is not always a token),
+            facts of a quarter.
         pool_seed: of those lists. With different ones, training and evaluation share names only by chance.
     """
 
@@ -286,7 +318,7 @@ class RetrievalTasks:
     @cached_property
     def facts(self) -> _Facts:
         """Those of `dense`. They take a second or more to make: ask for them before starting workers."""
-        return _Facts(self.tokenizer, self.pool, self.pool_seed)
+        return _Facts(self.tokenizer, self.pool // 4, self.pool_seed)
 
     # -- the tasks of the papers; the haystack of each is made of `parts` excerpts --
 

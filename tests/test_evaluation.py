@@ -191,25 +191,31 @@ def test_facts_read_as_documented(setting, kind):
     tokenizer, tasks, corpus = setting
     value = {"fact": r"\d{4,7}", "word": r"[a-z]+", "uuid": r"[\da-f]{8}-[\da-f]{4}-4[\da-f-]{21}"}[kind]
     name = retrieval_tasks.FACT_KINDS[kind]
+    plain = dict.fromkeys(retrieval_tasks.FACT_SENTENCES, retrieval_tasks.FACT_QUESTIONS)
+    wordings = {**plain, retrieval_tasks.RULER_SENTENCE: (retrieval_tasks.RULER_QUESTION,)}
 
-    def pattern(template):
+    def pattern(sentence):
         slots = {"what": "(?P<what>[ a-z]+)", "name": r"(?P<name>\w+)", "trade": "(?P<trade>[a-z]+)"}
         slots["value"] = f"(?P<value>{value})"
-        return re.escape(template).replace(r"\{", "{").replace(r"\}", "}").format(kind=name, **slots)
+        return " " + re.escape(sentence).replace(r"\{", "{").replace(r"\}", "}").format(kind=name, **slots)
 
-    values, templates = set(), set()
-    for seed in range(30):
+    values, seen = set(), set()
+    for seed in range(60):
         sample = tasks.dense(np.random.default_rng(seed), corpus, 1000, 6, kinds=(kind,))
         for (start, end), number in zip(sample.needles.tolist(), sample.asked.tolist()):
-            sentence, (first, last) = tokenizer.decode(sample.tokens[start:end]), sample.answers[number].tolist()
-            found = [(question, re.fullmatch(pattern(text), sentence)) for text, question in retrieval_tasks.FACTS]
-            ((question, match),) = [(question, match) for question, match in found if match]
-            expected = question.format(kind=name, **match.groupdict()) + f" {match['value']}."
-            assert tokenizer.decode(sample.tokens[start:last]).endswith(expected)
+            text, (first, last) = tokenizer.decode(sample.tokens[start:end]), sample.answers[number].tolist()
+            matches = {sentence: re.fullmatch(pattern(sentence), text) for sentence in wordings}
+            ((sentence, match),) = [(sentence, match) for sentence, match in matches.items() if match]
+            asked = tokenizer.decode(sample.tokens[start:last])
+            fields = match.groupdict()
+            ends = {q: f"{q.format(kind=name, **fields)} {fields['value']}." for q in wordings[sentence]}
+            (question,) = [question for question, end in ends.items() if asked.endswith(end)]
+            assert asked.removesuffix(ends[question])[-1].isspace()
             assert sample.answer_mask[first:last].tolist() == [True] * (last - first - 1) + [False]
-            values.add(match["value"])
-            templates.add(question)
-    assert len(values) > 40 and len(templates) == len(retrieval_tasks.FACTS)
+            values.add(fields["value"])
+            seen |= {sentence, question}
+    assert len(values) > 20
+    assert seen == {*wordings, *(question for questions in wordings.values() for question in questions)}
 
 
 def test_dense_fills_the_sequence(setting):
@@ -268,8 +274,10 @@ def test_haystacks_of_tasks_are_made_of_parts(task, parts):
     """With a corpus of ids that no template has. `dense` writes over its haystack, others put needles into theirs."""
     tasks = retrieval_tasks.RetrievalTasks(TOKENIZER, pool=500)
     corpus = np.arange(1000, 61_000, dtype=np.uint16)
+    options = {"items": 2, "kinds": ("number",)} if task == "dense" else {}  # too little to hide a part
     for seed in range(5):
-        tokens = tasks.make(task, np.random.default_rng(seed), corpus, 1200, parts=parts).tokens.astype(int)
+        sample = tasks.make(task, np.random.default_rng(seed), corpus, 1200, parts=parts, **options)
+        tokens = sample.tokens.astype(int)
         at = np.flatnonzero(tokens >= 1000)
         haystack = tokens[at]
         offsets = (haystack - (at if task == "dense" else np.arange(len(haystack)))) % len(corpus)
