@@ -44,6 +44,10 @@ def percent(row: dict) -> str:
     return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f}{few})"
 
 
+def recall(row: dict) -> str:
+    return f"{100 * row['recall']:.1f} / {100 * row['accuracy_if_retrieved']:.1f}"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -77,10 +81,8 @@ def perplexity_table(folder: Path) -> str:
 def tables(folder: Path) -> dict[str, str]:
     """Every table of the card by the name of its mark."""
     results = folder / "results"
-    made = {
-        "paper": by_length(read_rows(sorted(results.glob("paper_*.json")))),
-        "perplexity": perplexity_table(folder),
-    }
+    paper = read_rows(sorted(results.glob("paper_*.json")))
+    made = {"paper": by_length(paper), "recall": by_length(paper, recall), "perplexity": perplexity_table(folder)}
     for name in ("ruler", "babilong"):
         made[name] = by_length(read_rows([results / f"{name}.json"]))
     return made
