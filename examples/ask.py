@@ -48,7 +48,9 @@ def parse_arguments() -> argparse.Namespace:
         "--max_new_tokens", type=int, default=16, help="of an answer, which ends with its sentence or line"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="float32, bfloat16, ...; by default float32 on a CPU, else as saved")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="by default float32 on a CPU, else as saved"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     arguments = parser.parse_args()
     if (arguments.document is None) == bool(arguments.question):
@@ -138,8 +140,8 @@ def ask(model, tokenizer, document: torch.Tensor, cache, question: str, max_new_
 def show_passages(
     weights: dict[int, float], document: torch.Tensor, chunk_size: int, tokenizer, answer: str, most: int
 ):
-    chunks = len(document[0]) // chunk_size
-    shown = [item for item in weights.items() if item[1] >= LEAST_WEIGHT][:most]
+    chunks = -(-len(document[0]) // chunk_size)  # the last one may end in the question
+    shown = [(chunk, weight) for chunk, weight in weights.items() if weight >= LEAST_WEIGHT and chunk < chunks][:most]
     for chunk, weight in shown:
         place = min(chunk * MAP_WIDTH // chunks, MAP_WIDTH - 1)
         line = "-" * place + "^" + "-" * (MAP_WIDTH - 1 - place)

@@ -64,8 +64,12 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the plots")
     arguments = parser.parse_args()
+    models = {}
     try:
-        models = {label: read_rows([Path(file) for file in files]) for label, *files in arguments.results}
+        for label, *files in arguments.results:
+            if not files or label in models:
+                raise ValueError(f"`--results {label}` must name a file, and each label once.")
+            models[label] = read_rows([Path(file) for file in files])
     except (OSError, ValueError) as error:
         parser.error(str(error))
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ training.png. Of every HSA layer the log has the `recall` of the chunks that ans
 import argparse
 import itertools
 import json
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from measuring import hardware
-from retrieval_tasks import RetrievalTasks, excerpt
+from retrieval_tasks import FACT_KINDS, KINDS, RetrievalTasks, excerpt
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -43,6 +45,8 @@ SECTIONS = {
     "stage": {"name", "length", "batch_tokens", "mixture", "most_tokens"},
     "task": {"name", "task", "share"},
 }
+# Fields of a configuration that stages or saving change.
+NOT_OF_THE_RECIPE = {"_name_or_path", "chunk_topk", "architectures", "auto_map", "dtype", "transformers_version"}
 OPTIONAL = {
     "stage": {"accuracy", "chunk_topk", "final_learning_rate", "retrieval_weight"},
     "task": {"options"},
@@ -62,10 +66,11 @@ def read_recipe(file: Path) -> dict:
         unknown = fields.keys() - SECTIONS[name] - OPTIONAL.get(name, set())
         missing = SECTIONS[name] - fields.keys()
         if unknown or missing:
-            raise ValueError(
-                f"{file}: the {name} {fields.get('name', '')!r} lacks {sorted(missing)} and does not take "
-                f"{sorted(unknown)}."
+            problems = [f"lacks {sorted(missing)}"] * bool(missing) + [f"does not take {sorted(unknown)}"] * bool(
+                unknown
             )
+            label = f"{name} {fields['name']!r}" if "name" in fields else name
+            raise ValueError(f"{file}: the {label} {' and '.join(problems)}.")
     if recipe["model"].get("chunk_weighting") == "joint" and any(stage.get("retrieval_weight") for stage in stages):
         raise ValueError(
             f"{file}: with `chunk_weighting` 'joint' chunks have no weight: no `retrieval_weight` either."
@@ -74,9 +79,16 @@ def read_recipe(file: Path) -> dict:
 
 
 def make_config(fields: dict, tokenizer) -> PreTrainedConfig:
-    """The configuration of a recipe's "model", with the vocabulary and the special tokens of the tokenizer."""
+    """
+    The configuration of a recipe's "model", with the vocabulary and the special tokens of the tokenizer.
+
+    Raises: ValueError for a field that such a model does not have.
+    """
+    fields = {"model_type": "hsa"} | fields
+    if unknown := fields.keys() - AutoConfig.for_model(fields["model_type"]).to_dict():
+        raise ValueError(f"A model of type {fields['model_type']!r} does not take {sorted(unknown)}.")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(**({"model_type": "hsa"} | fields), **special, vocab_size=len(tokenizer))
+    return AutoConfig.for_model(**fields, **special, vocab_size=len(tokenizer))
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -91,7 +103,8 @@ class Batches(Dataset):
     def __init__(self, corpus: Path, tasks: RetrievalTasks, stage: dict, seed: tuple[int, ...]):
         self.file, self.tasks, self.stage, self.seed = corpus / "train.npy", tasks, stage, seed
         self.tokens = None
-        if any(task["task"] == "dense" for task in stage["mixture"]):
+        dense = [task.get("options", {}) for task in stage["mixture"] if task["task"] == "dense"]
+        if any(FACT_KINDS.keys() & options.get("kinds", KINDS) for options in dense):
             _ = tasks.facts  # made here, once, and not by every worker
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
@@ -157,11 +170,16 @@ def learning_rate(recipe: dict, stage: dict, tokens: int, stage_tokens: int) -> 
 
 
 class Meters:
-    """Sums on the device, read only when they are logged."""
+    """Sums on the device, read only when they are logged. `state`: what `state()` of an earlier run gave."""
 
-    def __init__(self, tasks: list[str], device):
-        self.tasks, self.sums = tasks, torch.zeros(len(tasks), 4, device=device, dtype=torch.float64)
-        self.losses = torch.zeros(2, device=device, dtype=torch.float64)
+    def __init__(self, tasks: list[str], device, state: list | None = None):
+        self.tasks = tasks
+        sums, losses = state or ([[0.0] * 4] * len(tasks), [0.0] * 2)
+        self.sums = torch.tensor(sums, device=device, dtype=torch.float64)
+        self.losses = torch.tensor(losses, device=device, dtype=torch.float64)
+
+    def state(self) -> list:
+        return [self.sums.tolist(), self.losses.tolist()]
 
     @torch.no_grad()
     def add(self, task, predicted, targets, answers, per_token) -> None:
@@ -173,7 +191,10 @@ class Meters:
         self.losses += torch.stack([(per_token * ~answers).sum(), (~answers).sum()]).double()
 
     def read(self) -> dict:
-        """Loss of the text; for each task the accuracy by answer token and by row (all of its answers)."""
+        """
+        Loss of all tokens but answers, needles among them; for each task the accuracy by answer token and by row (all
+        of its answers).
+        """
         loss, count = self.losses.tolist()
         result = {"text_loss": loss / max(count, 1)}
         for name, (right, tokens, rows_right, rows) in zip(self.tasks, self.sums.tolist()):
@@ -224,8 +245,9 @@ def found_weights(layer, chunk: torch.Tensor) -> torch.Tensor:
 
 def retrieval_loss(retrieval, source: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """
-    Mean over HSA layers, retrieval heads and answer tokens of -log of the weight of the chunk the token is copied
-    from. A chunk that is not among the retrieved gives no gradient.
+    Mean over HSA layers of the mean, over retrieval heads and answer tokens whose chunk was retrieved, of -log of the
+    weight of the chunk that the token is copied from. A chunk that was not retrieved is left out; a layer without any
+    counts as 0.
     """
     chunk = wanted_chunks(source, chunk_size)
     losses = []
@@ -261,21 +283,27 @@ def measure_retrieval(model, batch, autocast) -> dict[str, list[float]]:
 
 
 def save(folder: Path, model, tokenizer, optimizers, state: dict) -> None:
-    """The model as Transformers saves it, and optimizer-*.safetensors, in files of at most 16 MB; state.json last."""
-    (folder / "state.json").unlink(missing_ok=True)
-    model.save_pretrained(folder, max_shard_size=SHARD)
-    tokenizer.save_pretrained(folder)
+    """
+    The model as Transformers saves it, optimizer-*.safetensors, in files of at most 16 MB, and state.json. They take
+    the places of older ones when all are written.
+    """
+    new = folder / "saving"
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new, max_shard_size=SHARD)
+    tokenizer.save_pretrained(new)
     tensors = {
         f"{number}.{index}.{name}": x if x.dim() else x[None]
         for number, optimizer in enumerate(optimizers)
         for index, values in optimizer.state_dict()["state"].items()
         for name, x in values.items()
     }
-    pattern = "optimizer{suffix}.safetensors"
-    for file in folder.glob("optimizer*"):
+    save_torch_state_dict(tensors, new, filename_pattern="optimizer{suffix}.safetensors", max_shard_size=SHARD)
+    (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    for file in folder.glob("*.safetensors*"):
         file.unlink()
-    save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=SHARD)
-    (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    for file in new.iterdir():
+        file.replace(folder / file.name)
+    new.rmdir()
 
 
 def load_optimizers(folder: Path, optimizers) -> None:
@@ -295,7 +323,7 @@ def plot(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    panels = ["loss of the text", "accuracy by answer token"]
+    panels = ["loss of all tokens but answers", "accuracy by answer token"]
     if any("recall" in entry for entry in entries):  # not of models without HSA layers
         panels.append("chunk an answer is copied from")
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
@@ -336,15 +364,18 @@ class Run:
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.corpus)
         self.tasks = RetrievalTasks(self.tokenizer)
         self.device = torch.device(arguments.device)
-        self.state = {"stage": 0, "batch": 0, "tokens": 0, "seconds": 0.0}
+        self.state = {"seed": arguments.seed, "stage": 0, "batch": 0, "tokens": 0, "seconds": 0.0}
+        self.interrupted = False
         torch.manual_seed(arguments.seed)
         config = make_config(self.recipe["model"], self.tokenizer)
         self.has_retrieval = config.model_type == "hsa"
-        resumed = arguments.resume and (self.folder / "state.json").exists()
+        resumed = (self.folder / "state.json").exists()
+        if resumed and not arguments.resume:
+            raise ValueError(f"`--output`: {self.folder} holds a run. Go on with `--resume`, or take another folder.")
         if resumed:
             self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-            self.state = json.loads((self.folder / "state.json").read_text())
-            self._check_same_model(config)
+            self.state |= json.loads((self.folder / "state.json").read_text())
+            self._check_same_run(config)
         else:
             self.model = AutoModelForCausalLM.from_config(config)
         self.model.to(self.device).train()
@@ -356,17 +387,21 @@ class Run:
         if not resumed:
             (self.folder / "log.jsonl").unlink(missing_ok=True)
 
-    def _check_same_model(self, config: PreTrainedConfig) -> None:
-        """Raises: ValueError where the model of the recipe is not that in `--output`."""
-        names = {"vocab_size", "rope_parameters", *self.recipe["model"]}
-        names -= {"model_type", "chunk_topk"}  # the type comes first; stages change how many chunks are retrieved
-        for name in ("model_type", *sorted(names)):
-            here, there = getattr(config, name, None), getattr(self.model.config, name, None)
-            if here != there:
+    def _check_same_run(self, config: PreTrainedConfig) -> None:
+        """Raises: ValueError where the model of the recipe or the seed is not that in `--output`."""
+        here = {"seed": self.arguments.seed} | config.to_dict()
+        there = {"seed": self.state["seed"]} | self.model.config.to_dict()
+        for name in ("model_type", *sorted(here.keys() & there.keys() - NOT_OF_THE_RECIPE)):
+            if here[name] != there[name]:
                 raise ValueError(
-                    f"{self.arguments.recipe}: the model has `{name}` {here}, but that in {self.folder} has {there}. "
-                    "Resume with its recipe, or take another --output."
+                    f"{self.arguments.recipe}: the run has `{name}` {here[name]}, but that in {self.folder} has "
+                    f"{there[name]}. Resume as it began, or take another --output."
                 )
+
+    def _interrupt(self, *_) -> None:
+        """The first interrupt ends the run after its batch, the second at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @property
     def autocast(self):
@@ -393,7 +428,7 @@ class Run:
             self.model.config.chunk_topk = stage.get("chunk_topk", self.recipe["model"].get("chunk_topk", 8))
         retrieval_weight = stage.get("retrieval_weight", 0.0) if self.has_retrieval else 0.0
         names = [task["name"] for task in stage["mixture"]]
-        meters = Meters(names, self.device)
+        meters = Meters(names, self.device, state.pop("meters", None))
         batches = Batches(self.arguments.corpus, self.tasks, stage, (self.arguments.seed, number))
         per_batch = max(1, stage["batch_tokens"] // stage["length"]) * stage["length"]
         total = -(-stage["most_tokens"] // per_batch)
@@ -419,9 +454,15 @@ class Run:
                 clock, since = time.time(), 0
                 accuracies = [entry[name]["accuracy"] for name in names if name in entry]
                 bar.set_postfix_str(" ".join(f"{x:.2f}" for x in (entry["text_loss"], *accuracies)))
-                if accuracies and min(accuracies) >= stage.get("accuracy", 2.0):
+                if "accuracy" in stage and all(
+                    entry.get(task["name"], {}).get("accuracy", 0.0) >= stage["accuracy"]
+                    for task in stage["mixture"]
+                    if task["task"] != "text"
+                ):
                     break
-            if time.time() > deadline:
+            if self.interrupted or time.time() > deadline:
+                state["seconds"] += time.time() - clock
+                state["meters"] = meters.state()
                 return False
         return True
 
@@ -429,11 +470,10 @@ class Run:
         deadline = time.time() + 60 * self.arguments.minutes
         stages = self.recipe["stages"]
         print(f"{self.model.num_parameters() / 1e6:.2f}M parameters; {hardware()}", flush=True)
-        try:
-            while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
-                self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
-        except KeyboardInterrupt:
-            pass
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
+            self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
+        signal.signal(signal.SIGINT, before)
         self.save()
 
 
@@ -451,7 +491,7 @@ def main() -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="train with torch.compile, which takes its time at the start and again in every stage of another length",
+        help="with torch.compile, which takes its time at the start and in stages of another length or chunk_topk",
     )
     Run(parser.parse_args()).run()
 

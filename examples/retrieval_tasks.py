@@ -185,8 +185,8 @@ def _encode(tokenizer, text: str | list[str]):
 
 def _words(vocabulary: list[str], rng: np.random.Generator, count: int) -> tuple[list[str], list[str]]:
     """
-    Words of one token, of at least three letters, from the texts of a vocabulary; and `count` made up of two or three
-    tokens, as are the rarer words of a language.
+    Words of one token, of at least three letters, from the texts of a vocabulary; and up to `count` made up of the
+    texts of two or three tokens, like the rarer words of a language.
     """
     ascii_words = [text for text in vocabulary if text.strip().isascii() and text.strip().isalpha()]
     whole = [text[1:] for text in ascii_words if text[0] == " " and len(text) > 3]
@@ -194,8 +194,8 @@ def _words(vocabulary: list[str], rng: np.random.Generator, count: int) -> tuple
     ends = [text for text in ascii_words if text[0] != " " and text.islower() and len(text) > 1]
     if not starts or not ends:
         return whole, []
-    sizes = rng.integers(1, 3, size=count)
-    made = [rng.choice(starts) + "".join(rng.choice(ends, size)) for size in sizes]
+    starts, ends = np.array(starts), np.array(ends)
+    made = [str(rng.choice(starts)) + "".join(rng.choice(ends, size)) for size in rng.integers(1, 3, size=count)]
     return whole, [word for word in made if word.islower() or word.istitle()]
 
 
@@ -403,7 +403,7 @@ class RetrievalTasks:
         Args:
             kinds: what an item may be, drawn at random: "number" (name -> 6 digits), "ids" (name -> 7 random token
                 ids), "chain" (3 assignments in any order, all variables asked for), and in plain English "fact" (a
-                number of 4 to 7 digits), "word" (one token) and "uuid".
+                number of 4 to 7 digits), "word" (of the vocabulary, or made up of pieces of it) and "uuid".
 
         Raises:
             ValueError: if the sequence is too short for an item, or the bounds leave no distance.

@@ -34,7 +34,7 @@ from modeling_hsa.hub import save_code  # noqa: E402
 
 
 NAME = "hsa-books-10m"
-NOT_UPLOADED = ["push.py", "__pycache__/*"]
+NOT_UPLOADED = shutil.ignore_patterns("push.py", "__pycache__")
 BABILONG, BABILONG_LENGTH = "RMT-team/babilong", 4096
 
 
@@ -90,6 +90,8 @@ def tables(folder: Path) -> dict[str, str]:
 
 def update(folder: Path) -> None:
     """Writes all derived files of `folder` but the plots."""
+    for file in folder.glob("hsa_*.py"):  # the package may have less of them than it had
+        file.unlink()
     save_code(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name, made in tables(folder).items():
@@ -130,16 +132,16 @@ def stale(folder: Path) -> list[str]:
         fresh = Path(temporary) / "fresh"
         shutil.copytree(folder, fresh, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
         update(fresh)
-        files = [file.relative_to(fresh) for file in fresh.rglob("*") if file.is_file()]
-        return sorted(
-            str(f) for f in files if not ((folder / f).exists() and filecmp.cmp(folder / f, fresh / f, False))
-        )
+        files = {file.relative_to(root) for root in (folder, fresh) for file in root.rglob("*") if file.is_file()}
+        files = {file for file in files if file.suffix != ".safetensors" and "__pycache__" not in file.parts}
+        pairs = {str(file): (folder / file, fresh / file) for file in files}
+        return sorted(f for f, (a, b) in pairs.items() if not (a.exists() and b.exists() and filecmp.cmp(a, b, False)))
 
 
 def push(repo_id: str, private: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / NAME
-        shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns(*(p.removesuffix("/*") for p in NOT_UPLOADED)))
+        shutil.copytree(FOLDER, folder, ignore=NOT_UPLOADED)
         card = (folder / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(card.replace(f'"{NAME}"', f'"{repo_id}"'), encoding="utf-8")
         api = HfApi()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -26,8 +27,10 @@ def push():
     """The module `hub_card/push.py`."""
     spec = importlib.util.spec_from_file_location("hub_card_push", FOLDER / "push.py")
     module = importlib.util.module_from_spec(spec)
+    before = sys.path[:]
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path[:] = before
 
 
 def test_folder_is_complete_and_small():
@@ -38,13 +41,6 @@ def test_folder_is_complete_and_small():
     assert {file.name for file in weights} == set(index["weight_map"].values())
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (FOLDER / name).is_file()
-
-
-def test_links_of_the_card_exist():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", CARD)
-    assert links
-    for link in links:
-        assert (FOLDER / link).exists(), link
 
 
 def test_metadata_of_the_card():
@@ -61,9 +57,10 @@ def test_what_is_out_of_date_is_found(push, tmp_path):
     folder = tmp_path / NAME
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "hsa_cache.py").unlink()
+    (folder / "hsa_of_old.py").touch()
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(re.sub(r"\| s_niah \| [\d.]+", "| s_niah | 12.3", card))
-    assert push.stale(folder) == ["README.md", "hsa_cache.py"]
+    assert push.stale(folder) == ["README.md", "hsa_cache.py", "hsa_of_old.py"]
     push.update(folder)
     assert push.stale(folder) == []
     assert (folder / "README.md").read_text() == CARD
@@ -151,6 +148,18 @@ def test_ask_says_when_it_does_not_know(tmp_path):
     words = ["--question", "What is the locker number of Ada the baker?"]
     run = run_example("ask.py", tmp_path, *words, document=tmp_path / "notes.txt")
     assert "No passage stands out (the heaviest has a weight of 0." in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sentences", [1, 4, 9])
+def test_ask_about_documents_of_about_a_chunk(tmp_path, sentences):
+    """Chunks that the question completes are not passages of the document, or only in part."""
+    (tmp_path / "notes.txt").write_text("The locker number of Ada the baker is 48213. " * sentences)
+    words = ["--question", "What is the locker number of Ada the baker?"]
+    run = run_example("ask.py", tmp_path, *words, document=tmp_path / "notes.txt")
+    assert "-> " in run.stdout
+    for chunk, chunks, passage in re.findall(r"chunk (\d+) of (\d+), .*\n   \.\.\. (.*) \.\.\.", run.stdout):
+        assert int(chunk) < int(chunks) and passage
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,15 @@ def test_setup_is_one_line_that_installs_first(line):
     assert rest
 
 
-def test_links_and_files_exist():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README) + re.findall(
-        r"`((?:examples|modeling_hsa)/[^`]*)`", README
-    )
+@pytest.mark.parametrize("name", ["README.md", "hub_card/README.md", "docs/kernels.md", "docs/training.md"])
+def test_links_and_files_exist(name):
+    file = REPOSITORY / name
+    text = file.read_text(encoding="utf-8")
+    links = [file.parent / link for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
     assert links
+    links += [REPOSITORY / path for path in re.findall(r"`((?:examples|modeling_hsa|docs|tests)/[^` ]*)`", text)]
     for link in links:
-        assert (REPOSITORY / link).exists(), link
+        assert link.exists(), link
 
 
 @pytest.mark.slow
