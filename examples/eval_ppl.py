@@ -10,6 +10,8 @@ Does more context help? Perplexity and bits per byte of held-out text, by the le
                 of all its tokens but the first). The windows of a sample all end at the same place, so that the same
                 tokens are predicted at every length, and curves differ in the context alone. `change` is the paired
                 difference from the shortest length, whose interval is the narrower for it.
+    foreign     (only if asked for) as `last`, but of each window only as many tokens as the shortest length has are
+                left; what is before them is replaced by text from the opposite side of the ring: other documents.
     positions   the loss of every token, from the third on, of windows of the longest length, by its position: one pass
                 shows where a model stops gaining, or breaks.
 
@@ -48,7 +50,8 @@ from evaluation import (
 )
 
 
-TASKS = ("last", "positions")
+TASKS = ("last", "foreign", "positions")
+DEFAULT_TASKS = ["last", "positions"]
 LENGTHS = tuple(2**i for i in range(9, 16))
 COLUMNS = ("loss", "change", "perplexity", "bits_per_byte")
 FIRST_BUCKET = 64  # positions; the others double
@@ -153,10 +156,15 @@ class Evaluation:
         self.results = LossResults("ppl", arguments, model)
         self.results.content["text"] = {"tokens": len(stream), "within": self.places.within}
 
-    def windows(self, pairs: list[tuple[int, int]], length: int) -> tuple[list[int], torch.Tensor]:
-        """Where the windows of some samples (seed, index) end, and their tokens [B, length]."""
+    def windows(self, pairs: list[tuple[int, int]], length: int, foreign: int = 0) -> tuple[list[int], torch.Tensor]:
+        """
+        Where the windows of some samples (seed, index) end, and their tokens [B, length]. Of these, the first
+        `foreign` are from the opposite side of the ring.
+        """
         ends = [self.places.draw(sample_rng(seed, "ppl", 0, index)) for seed, index in pairs]
         tokens = np.stack([ring_window(self.stream, end - length, length) for end in ends])
+        for row, end in zip(tokens, ends):
+            row[:foreign] = ring_window(self.stream, end - length + len(self.stream) // 2, foreign)
         return ends, torch.from_numpy(tokens).to(self.model.device)
 
     def losses(self, tokens: torch.Tensor, count: int) -> np.ndarray:
@@ -164,15 +172,16 @@ class Evaluation:
         segment, offload = self.arguments.segment, self.arguments.offload
         return nll(self.model, tokens, count, segment, offload).cpu().numpy()
 
-    def last(self, length: int) -> None:
+    def last(self, length: int, task: str = "last") -> None:
         """
         Adds the row of one length: loss, perplexity and bits per byte of the last tokens, and how the loss differs
-        from that of the shortest length with the same tokens, sample by sample.
+        from that of the shortest length with the same tokens, sample by sample. `task`: "last" or "foreign".
         """
+        foreign = length - min(self.arguments.lengths) if task == "foreign" else 0
         # The first token of a window has no context, and is not predicted.
         count, clock, records = min(self.arguments.last, length - 1), Clock(), []
-        for pairs in batches(self.arguments, "last", length):
-            ends, tokens = self.windows(pairs, length)
+        for pairs in batches(self.arguments, task, length):
+            ends, tokens = self.windows(pairs, length, foreign)
             for pair, end, row, loss in zip(pairs, ends, tokens.cpu().numpy(), self.losses(tokens, count)):
                 mean = float(loss.mean(dtype=np.float64))
                 records.append({"seed": pair[0], "index": pair[1], "end": end, "loss": mean})
@@ -191,7 +200,7 @@ class Evaluation:
             "bits_per_byte": ratio(bits, [record["bytes"] for record in records]),
             "seconds": round(clock.seconds, 3),
         }
-        self.results.add_losses("last", length, row, records)
+        self.results.add_losses(task, length, row, records)
         print(short(length).rjust(8), *(_text(row[name]).ljust(30) for name in COLUMNS), flush=True)
 
     def positions(self) -> None:
@@ -224,9 +233,10 @@ def draw(rows: list[dict], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = {}
-    if last := [row for row in rows if row["task"] == "last"]:
-        label = f"loss of the last {last[-1]['scored_tokens']:,} tokens"
-        lines[label, "length of the context (tokens)"] = [(row["length"], row["loss"]) for row in last]
+    for task, where in (("last", ""), ("foreign", ", foreign text before")):
+        if kept := [row for row in rows if row["task"] == task]:
+            label = f"loss of the last {kept[-1]['scored_tokens']:,} tokens{where}"
+            lines[label, "length of the context (tokens)"] = [(row["length"], row["loss"]) for row in kept]
     for row in rows:
         if row["task"] == "positions":
             middles = [math.sqrt(a * b) for a, b in zip(row["edges"], row["edges"][1:])]
@@ -258,10 +268,16 @@ def check(parser: ArgumentParser, arguments: Namespace, tokens: int) -> None:
             f"`--lengths` {max(arguments.lengths)} is more than the {tokens} tokens of `--haystack`: give more text "
             "or leave that length out"
         )
+    if "foreign" in arguments.tasks and max(arguments.lengths) > tokens // 2:
+        parser.error(
+            f"`--lengths` {max(arguments.lengths)} is more than half of the {tokens} tokens of `--haystack`, so that "
+            "`foreign` has no other text: give more text or leave that length out"
+        )
 
 
 def main() -> None:
     parser = make_parser(__doc__, TASKS, LENGTHS)
+    parser.set_defaults(tasks=DEFAULT_TASKS)
     parser.add_argument("--last", type=int, default=1024, help="tokens at the end of each window that are scored")
     arguments = parse(parser)
     arguments.lengths = sorted(set(arguments.lengths))
@@ -269,10 +285,11 @@ def main() -> None:
     stream = read_haystack(arguments.haystack, tokenizer)
     check(parser, arguments, len(stream))
     evaluation = Evaluation(arguments, model, tokenizer, stream)
-    if "last" in arguments.tasks:
-        print("tokens".rjust(8), *(name.replace("_", " ").ljust(30) for name in COLUMNS))
-        for length in arguments.lengths:
-            evaluation.last(length)
+    for task in ("last", "foreign"):
+        if task in arguments.tasks:
+            print(f"{task}\n{'tokens':>8}", *(name.replace("_", " ").ljust(30) for name in COLUMNS))
+            for length in arguments.lengths:
+                evaluation.last(length, task)
     if "positions" in arguments.tasks:
         evaluation.positions()
     draw(evaluation.results.rows, arguments.output / "ppl.png")

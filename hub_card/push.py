@@ -62,15 +62,31 @@ def by_length(rows: list[dict], value=percent) -> str:
     return table(["tokens", *map(short, lengths)], body)
 
 
+def change(row: dict) -> str:
+    return f"{row['change']['mean']:+.3f} ({row['change']['low']:+.3f} to {row['change']['high']:+.3f})"
+
+
+def foreign_table(folder: Path) -> str:
+    rows = json.loads((folder / "results" / "ppl_foreign.json").read_text(encoding="utf-8"))["rows"]
+    names = {"last": "the text before", "foreign": "text of another book"}
+    short_context, *_ = (short(row["length"]) for row in rows)
+    cells = [
+        (names[row["task"]], short(row["length"]), change(row))
+        for row in rows
+        if row["change"]["from"] != row["length"]
+    ]
+    return table(
+        [f"before the last {short_context}", "tokens in all", "change of the loss"], [list(cell) for cell in cells]
+    )
+
+
 def perplexity_table(folder: Path) -> str:
     rows = json.loads((folder / "results" / "ppl.json").read_text(encoding="utf-8"))["rows"]
     rows = [row for row in rows if row["task"] == "last"]
     cells = {
         "perplexity per token": lambda row: f"{row['perplexity']['mean']:.1f}",
         "bits per byte": lambda row: f"{row['bits_per_byte']['mean']:.3f}",
-        "change of the loss, nats per token": lambda row: (
-            f"{row['change']['mean']:+.3f} ({row['change']['low']:+.3f} to {row['change']['high']:+.3f})"
-        ),
+        "change of the loss, nats per token": change,
     }
     return table(
         ["tokens of context", *(short(row["length"]) for row in rows)],
@@ -82,7 +98,8 @@ def tables(folder: Path) -> dict[str, str]:
     """Every table of the card by the name of its mark."""
     results = folder / "results"
     paper = read_rows(sorted(results.glob("paper_*.json")))
-    made = {"paper": by_length(paper), "recall": by_length(paper, recall), "perplexity": perplexity_table(folder)}
+    made = {"paper": by_length(paper), "recall": by_length(paper, recall)}
+    made |= {"perplexity": perplexity_table(folder), "foreign": foreign_table(folder)}
     for name in ("ruler", "babilong"):
         made[name] = by_length(read_rows([results / f"{name}.json"]))
     return made

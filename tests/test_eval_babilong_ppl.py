@@ -141,6 +141,23 @@ def test_losses_are_those_of_one_pass(scripts, data, stream, tmp_path, kind, seg
     assert [bucket["mean"] for bucket in positions["losses"]] == pytest.approx(expected, rel=1e-5)
 
 
+def test_foreign_text_replaces_all_but_the_end(scripts, data, stream, tmp_path):
+    model, half = data.models["hsa"], len(stream) // 2
+    arguments = ppl_arguments(data, tmp_path, lengths=[40, 200])
+    evaluation = scripts.eval_ppl.Evaluation(arguments, model, data.tokenizer, stream)
+    for task in ("last", "foreign"):
+        for length in (40, 200):
+            evaluation.last(length, task)
+    short, own, same, foreign = json.loads((tmp_path / "ppl.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["task"] for row in (short, own, same, foreign)] == ["last", "last", "foreign", "foreign"]
+    assert same["loss"] == short["loss"] and foreign["records"]["end"] == own["records"]["end"]
+    for end, loss in zip(foreign["records"]["end"], foreign["records"]["loss"]):
+        places = ((end - 200 + half, 160), (end - 40, 40))
+        parts = [scripts.eval_ppl.ring_window(stream, *place) for place in places]
+        assert loss == pytest.approx(direct_losses(model, np.concatenate(parts))[-100:].mean(), rel=1e-3)
+    assert foreign["loss"]["mean"] != pytest.approx(own["loss"]["mean"], rel=1e-3)
+
+
 def test_windows_lie_in_documents_that_are_long_enough(scripts, stream):
     """Documents of 10 to 59 tokens; token 0 ends them."""
     module, rng = scripts.eval_ppl, np.random.default_rng(0)
@@ -190,6 +207,10 @@ def test_perplexity_as_a_command(scripts, data, stream, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         run(scripts.eval_ppl, monkeypatch, **{**flags, "lengths": [10**6]}, haystack=haystack, output=tmp_path / "c")
     assert f"`--lengths` 1000000 is more than the {len(stream)} tokens" in capsys.readouterr().err
+    flags |= {"tasks": ["foreign"], "lengths": [64, len(stream) // 2 + 1]}
+    with pytest.raises(SystemExit):
+        run(scripts.eval_ppl, monkeypatch, **flags, haystack=haystack, output=tmp_path / "d")
+    assert "so that `foreign` has no other text" in capsys.readouterr().err
 
 
 # -- eval_babilong.py --
