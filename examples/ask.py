@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from generate import PromptBar, RetrievalLog
+from safetensors import SafetensorError
 from synthetic_text import make_document
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -51,7 +52,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="by default float32 on a CPU, else as saved"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     arguments = parser.parse_args()
     if (arguments.document is None) == bool(arguments.question):
         parser.error("`--question` needs `--document`, and `--document` a `--question`")
@@ -60,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("characters", "facts", "passages", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             parser.error(f"`--{name}` must be at least 1, got {getattr(arguments, name)}")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("`--device`: there is no CUDA device here. Use cpu")
     return arguments
 
 
@@ -78,19 +80,16 @@ def read_text(arguments: argparse.Namespace) -> tuple[str, list[Question]]:
 
 
 def load(arguments: argparse.Namespace):
-    """Raises: ValueError if there is no such model, or it is not an HSA model."""
-    options = {"trust_remote_code": arguments.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(arguments.model, **options)
-    except OSError as error:
-        raise ValueError(
-            f"`--model`: no folder {arguments.model}, nor could it be had from the Hub: {error}"
-        ) from None
-    if config.model_type != "hsa":
-        raise ValueError(f"`--model` must be an HSA model, not one of type {config.model_type!r}")
+    """Raises: ValueError if the model cannot be loaded, or is not an HSA model."""
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "auto")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
+    try:
+        config = AutoConfig.from_pretrained(arguments.model)
+        if config.model_type != "hsa":
+            raise ValueError(f"`--model` must be an HSA model, not one of type {config.model_type!r}")
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"`--model`: cannot load {arguments.model}: {error}") from None
     return model.to(arguments.device), tokenizer
 
 

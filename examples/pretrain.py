@@ -66,11 +66,10 @@ def read_recipe(file: Path) -> dict:
         unknown = fields.keys() - SECTIONS[name] - OPTIONAL.get(name, set())
         missing = SECTIONS[name] - fields.keys()
         if unknown or missing:
-            problems = [f"lacks {sorted(missing)}"] * bool(missing) + [f"does not take {sorted(unknown)}"] * bool(
-                unknown
-            )
+            problems = {"lacks": sorted(missing), "does not take": sorted(unknown)}
+            text = " and ".join(f"{verb} {names}" for verb, names in problems.items() if names)
             label = f"{name} {fields['name']!r}" if "name" in fields else name
-            raise ValueError(f"{file}: the {label} {' and '.join(problems)}.")
+            raise ValueError(f"{file}: the {label} {text}.")
     if recipe["model"].get("chunk_weighting") == "joint" and any(stage.get("retrieval_weight") for stage in stages):
         raise ValueError(
             f"{file}: with `chunk_weighting` 'joint' chunks have no weight: no `retrieval_weight` either."

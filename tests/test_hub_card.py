@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -117,6 +118,30 @@ def test_long_snippet_runs_without_the_package(alone):
     assert re.fullmatch(r"10\d,\d+ tokens", count) and answer.strip() == "75738."
 
 
+# -- examples/plot_retrieval.py --
+
+
+def test_retrieval_is_plotted(tmp_path):
+    files = [str(file) for file in sorted((FOLDER / "results").glob("paper_*.json"))]
+    run_example("plot_retrieval.py", tmp_path, "--results", "HSA", *files, output=tmp_path / "plots")
+    made = {file.name: file.read_bytes()[:4] for file in (tmp_path / "plots").iterdir()}
+    assert made == {"accuracy.png": b"\x89PNG", "depth_s_niah.png": b"\x89PNG"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["HSA"], "`--results HSA` must name a file, and each label once"),
+        (["HSA", "paper_1m.json", "paper_1m.json"], "Two of the files have results of mq_niah at 1,048,576 tokens"),
+        (["HSA", "missing.json"], "No such file"),
+    ],
+)
+def test_results_that_cannot_be_plotted_are_refused(tmp_path, files, message):
+    words = ["--results", files[0], *(str(FOLDER / "results" / file) for file in files[1:])]
+    with pytest.raises(AssertionError, match=message):
+        run_example("plot_retrieval.py", tmp_path, *words, output=tmp_path / "plots")
+
+
 # -- examples/ask.py --
 
 
@@ -171,7 +196,9 @@ def test_ask_about_documents_of_about_a_chunk(tmp_path, sentences):
         ({"document": "missing.txt", "question": "Why?"}, "cannot read missing.txt as UTF-8 text: .*No such file"),
         ({"document": "latin.txt", "question": "Why?"}, "cannot read latin.txt as UTF-8 text: .*can't decode"),
         ({"document": "empty.txt", "question": "Why?"}, "empty.txt holds no text"),
-        ({"model": "nowhere"}, "`--model`: no folder nowhere"),
+        ({"model": "nowhere"}, "`--model`: cannot load nowhere: "),
+        ({"model": "broken"}, "`--model`: cannot load broken: "),
+        ({"device": "cuda"}, "`--device`: there is no CUDA device here"),
         ({"model": "llama"}, "`--model` must be an HSA model, not one of type 'llama'"),
     ],
 )
@@ -179,6 +206,10 @@ def test_ask_refuses_what_it_cannot_do(tmp_path, arguments, message):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("Müller".encode("latin-1"))
     LlamaConfig().save_pretrained(tmp_path / "llama")
+    shutil.copytree(FOLDER, tmp_path / "broken", ignore=shutil.ignore_patterns("results", "*-00001-*"))
+    (tmp_path / "broken" / "model-00001-of-00002.safetensors").write_bytes(b"no weights")
+    if arguments.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
     with pytest.raises(AssertionError, match=message):
         run_example("ask.py", tmp_path, folder=tmp_path, **arguments)
 
