@@ -31,6 +31,7 @@ from measuring import (
     on_gpu,
     parse,
     randn,
+    replay_ms,
     run,
     tensor_bytes,
 )
@@ -172,7 +173,8 @@ def first_call_ms(function, inputs: list[torch.Tensor]) -> float:
 
 def measure_attention(name: str, inputs: list[torch.Tensor]) -> dict:
     function = IMPLEMENTATIONS[name]
-    row = {"compile_ms": first_call_ms(function, inputs)} | forward_backward(function, inputs)
+    row = {"compile_ms": first_call_ms(function, inputs)}
+    row |= forward_backward(function, inputs, graph=name in ("triton", "sdpa", "flash"))
     if row["both_extra_mib"] is not None:
         for what in ("forward", "both"):
             row[f"{what}_extra_of_inputs"] = row[f"{what}_extra_mib"] * 2**20 / tensor_bytes(inputs)
@@ -246,21 +248,6 @@ def naive_selection(q, landmarks, visible, topk: int):
     return scores.topk(topk, dim=-1)
 
 
-def replay_ms(function) -> float | None:
-    """Median milliseconds of replaying the call as a CUDA graph."""
-    if not on_gpu():
-        return None
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return median_ms(graph.replay)
-
-
 def measure_selection(arguments, limits):
     topk = 8
     for case, queries, chunks, dim, causal in TOY_SELECTIONS if arguments.toy else SELECTIONS:
@@ -286,7 +273,7 @@ def measure_selection(arguments, limits):
             row = {"case": case, "queries": queries, "chunks": chunks, "dim": dim, "implementation": name}
             with torch.no_grad():
                 row |= attempt(lambda f: {"ms": median_ms(f), "extra_mib": extra_memory(f)}, function)
-                if queries == 1 and on_gpu():
+                if name != "torch" and on_gpu():
                     row |= {f"graph_{k}": v for k, v in attempt(lambda f: {"ms": replay_ms(f)}, function).items()}
             row["bytes_floor_ms"] = floor / limits["copy_bytes_per_s"] * 1e3
             row["flop_floor_ms"] = flop / limits["matmul_flop_per_s"] * 1e3

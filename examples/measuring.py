@@ -89,6 +89,21 @@ def median_ms(function: Callable, repeats: int = 5) -> float:
     return statistics.median([once, *(clock_ms(function) for _ in range(repeats - 1 if once < 3000 else 1))])
 
 
+def replay_ms(function: Callable) -> float | None:
+    """Median milliseconds of replaying the call as a CUDA graph."""
+    if not on_gpu():
+        return None
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return median_ms(graph.replay)
+
+
 def tensor_bytes(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
 
@@ -107,9 +122,12 @@ def extra_memory(function: Callable) -> float | None:
     return (torch.cuda.max_memory_allocated() - before - tensor_bytes(returned)) / MIB
 
 
-def forward_backward(function: Callable, inputs: list[torch.Tensor], memory: bool = True) -> dict[str, float | None]:
+def forward_backward(
+    function: Callable, inputs: list[torch.Tensor], memory: bool = True, graph: bool = False
+) -> dict[str, float | None]:
     """
-    Times of `function(*inputs)`, of its backward and of both, in ms, and extra peak memory of the first and the last.
+    Times of `function(*inputs)`, of its backward and of both, in ms, and extra peak memory of the first and the last;
+    with `graph`, of both also as a CUDA graph, where launching from Python takes no time.
     """
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     wanted = [x for x in inputs if x.requires_grad]
@@ -124,6 +142,8 @@ def forward_backward(function: Callable, inputs: list[torch.Tensor], memory: boo
 
     grad = torch.randn_like(forward())
     times = {"forward_ms": median_ms(forward), "both_ms": median_ms(both)}
+    if graph:
+        times["graph_both_ms"] = replay_ms(both)
     times["backward_ms"] = _backward_ms(function(*inputs), wanted, grad)
     if memory:
         times |= {"forward_extra_mib": extra_memory(forward), "both_extra_mib": extra_memory(both)}
