@@ -15,13 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from examples.synthetic_text import make_documents
+from examples.synthetic_text import KINDS_OF_SECRET, NAMES, TRADES, make_documents
 
 from .helpers import tiny_model
 
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import eval_facts
     import eval_ruler
     import evaluation
     import retrieval_tasks
@@ -541,6 +542,52 @@ def test_protocols_from_a_folder(folders, tmp_path, capsys, name, protocol):
     assert all(row["task"] in printed for row in results["rows"])
     map_file = "paper_s_niah.png" if protocol == "paper" else "ruler_niah_single_1.png"
     assert (tmp_path / map_file).read_bytes().startswith(b"\x89PNG")
+
+
+# -- eval_facts.py --
+
+
+@pytest.mark.parametrize("task", eval_facts.TASKS)
+def test_facts_are_where_the_prompt_says_and_of_words_not_trained_on(setting, task):
+    tokenizer, _, corpus = setting
+    rng = np.random.default_rng(3)
+    lists = ((eval_facts.NAMES, NAMES), (eval_facts.TRADES, TRADES), (eval_facts.THINGS, KINDS_OF_SECRET))
+    assert not any(set(here) & set(there) for here, there in lists)
+    assert not {x for pair in eval_facts.REWORDED for x in pair} & {
+        *retrieval_tasks.FACT_SENTENCES, *retrieval_tasks.FACT_QUESTIONS
+    }  # fmt: skip
+    for _ in range(20):
+        fact = eval_facts.make_fact(task, rng)
+        tokens, (start, end) = eval_facts.make_prompt(fact, rng, tokenizer, corpus, 400)
+        text = tokenizer.decode(tokens)
+        assert len(tokens) == 400 and tokenizer.decode(tokens[start:end]) == f" {fact[0]}"
+        assert text.endswith(f" {fact[1]}") and fact[2] in fact[0] and fact[2] not in fact[1]
+    with pytest.raises(ValueError, match="`--lengths` must be at least .* for fact and question, got 10"):
+        eval_facts.make_prompt(fact, rng, tokenizer, corpus, 10)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_answers_to_facts_are_matched(folders, tmp_path, monkeypatch, right):
+    def say(model, ids, *args, **kwargs):
+        """What the fact in the prompt says, or something else."""
+        sentence = facts[-1][0] if right else "Nothing of the kind."
+        return TOKENIZER(sentence)["input_ids"], None
+
+    def make_fact(*args):
+        facts.append(make(*args))
+        return facts[-1]
+
+    facts, make = [], eval_facts.make_fact
+    words = ["--model", str(folders["hsa"]), "--haystack", str(folders["text.txt"]), "--output", str(tmp_path)]
+    words += ["--lengths", "300", "--samples", "2", "--device", "cpu"]
+    eval_facts.main(words)  # the untrained model runs through
+    rows = json.loads((tmp_path / "facts.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == list(eval_facts.TASKS) and all("recall" in row for row in rows)
+    monkeypatch.setattr(eval_facts, "make_fact", make_fact)
+    monkeypatch.setattr(eval_facts, "generate", say)
+    eval_facts.main(words)
+    rows = json.loads((tmp_path / "facts.json").read_text())["rows"]
+    assert [row["accuracy"] for row in rows] == [float(right)] * 4 and rows[0]["samples"] == 2
 
 
 def test_what_does_not_fit_into_memory_is_reported(folders, tmp_path, monkeypatch, capsys):

@@ -383,7 +383,7 @@ def test_the_recipes_of_the_repository_make_models_that_fit(corpus, name):
     assert parameters(name) == pytest.approx(parameters("books.json"), rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["books.json", "books_next.json"])
+@pytest.mark.parametrize("name", ["books.json", "books_no_short_stages.json"])
 def test_all_stages_of_the_recipes_make_batches(corpus, name):
     import pretrain
     from retrieval_tasks import RetrievalTasks
