@@ -53,8 +53,10 @@ def visible_chunks(length: int, chunk_size: int, q_start: int | torch.Tensor = 0
 
     Returns: `(first, end)`, int64 [1 | B, L]: chunk i is visible iff `first <= i < end`.
     """
-    position = count_from(0, length, device)[None]
-    position = position + (q_start[:, None] if isinstance(q_start, torch.Tensor) else q_start)
+    if isinstance(q_start, torch.Tensor):
+        position = count_from(0, length, device) + q_start[:, None]
+    else:
+        position = count_from(q_start, length, device)[None]
     end = position // chunk_size
     return torch.zeros_like(end), end
 

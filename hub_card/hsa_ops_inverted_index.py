@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .hsa_ops_triton_utils import on_device, tl, triton
+from .hsa_ops_triton_utils import cdiv, on_device, tl, triton
 
 
 class InvertedIndex(NamedTuple):
@@ -98,7 +98,7 @@ def invert(indices: torch.Tensor, num_chunks: int, heads: int, segment: int) -> 
 
     with on_device(indices):
         chunk = empty(num_pairs)
-        _chunk_of_pair_kernel[(triton.cdiv(num_pairs, 1024),)](
+        _chunk_of_pair_kernel[(cdiv(num_pairs, 1024),)](
             indices, chunk, num_pairs, length, num_chunks, total,
             RETRIEVAL_HEADS=retrieval_heads, HEADS=heads, TOPK=topk, BLOCK=1024,
         )  # fmt: skip

@@ -19,7 +19,7 @@ Nothing uses atomics: results are the same every time.
 import torch
 
 from .hsa_ops_inverted_index import invert
-from .hsa_ops_triton_utils import device_limits, on_device, tl, triton
+from .hsa_ops_triton_utils import cdiv, device_limits, next_power_of_2, on_device, tl, triton
 
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -399,7 +399,7 @@ class _Plan:
         self.multiprocessors, self.shared_memory = device_limits(q.device)
         self.element = q.element_size()
         self.group = num_heads // groups
-        self.lines = triton.next_power_of_2(self.group)
+        self.lines = next_power_of_2(self.group)
         self.sizes = {
             "GROUPS": groups,
             "RETRIEVAL_HEADS": retrieval_heads,
@@ -407,9 +407,9 @@ class _Plan:
             "G": self.group,
             "TOPK": topk,
             "S": chunk_size,
-            "S_": triton.next_power_of_2(chunk_size),
+            "S_": next_power_of_2(chunk_size),
             "D": head_dim,
-            "D_": triton.next_power_of_2(head_dim),
+            "D_": next_power_of_2(head_dim),
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         }
         self.chunk_bytes = 2 * self.element * self.sizes["S_"] * self.sizes["D_"]  # keys and values
@@ -451,12 +451,12 @@ def _union(indices: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tenso
     batch, length, heads, topk = indices.shape
     if block == 1:
         return indices, indices  # not looked at
-    blocks = triton.cdiv(length, block)
+    blocks = cdiv(length, block)
     union = torch.empty(batch, heads, blocks, block * topk, dtype=torch.int32, device=indices.device)
     counts = torch.empty(batch, heads, blocks, dtype=torch.int32, device=indices.device)
-    size = triton.next_power_of_2(block * topk)
+    size = next_power_of_2(block * topk)
     rows = max(1, 256 // size)
-    _union_kernel[(triton.cdiv(counts.numel(), rows),)](
+    _union_kernel[(cdiv(counts.numel(), rows),)](
         indices, union, counts, counts.numel(), blocks, length,
         HEADS=heads, TOPK=topk, BLOCK=block, SIZE=size, ROWS=rows, num_warps=4 if size > 256 else 1,
     )  # fmt: skip
@@ -465,7 +465,7 @@ def _union(indices: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tenso
 
 def _most_queries(topk: int, length: int) -> int:
     """Queries of a block whose indices can still be sorted by one program."""
-    return min(max(1, triton.next_power_of_2(1024 // topk + 1) // 2), triton.next_power_of_2(length))
+    return min(max(1, next_power_of_2(1024 // topk + 1) // 2), next_power_of_2(length))
 
 
 def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
@@ -479,7 +479,7 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
     few = plan.programs <= plan.multiprocessors
     splits = min(plan.topk, max(1, 2 * plan.multiprocessors // plan.programs)) if few else 1
     tile = plan.tile(16 if few else _rows(plan), 1 if few else _most_queries(plan.topk, plan.length))
-    blocks = triton.cdiv(plan.length, tile["BLOCK"])
+    blocks = cdiv(plan.length, tile["BLOCK"])
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3] if joint else 0, dtype=torch.float32, device=q.device)
@@ -493,13 +493,13 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
         _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
             q, k, v, weights, indices, union, counts, parts, part_lse,
             *_strides(k, v), plan.batch, plan.length, blocks, scale,
-            TOPK_=triton.next_power_of_2(plan.topk), SPLITS=splits, JOINT=joint, **plan.sizes, **tile,
+            TOPK_=next_power_of_2(plan.topk), SPLITS=splits, JOINT=joint, **plan.sizes, **tile,
             **plan.streaming(tile, plan.chunk_bytes, rows_bytes),
         )  # fmt: skip
         if splits > 1:
             rows = out.numel() // out.shape[-1]
             _combine_kernel[(rows,)](
-                parts, part_lse, out, lse, rows, SPLITS=splits, SPLITS_=triton.next_power_of_2(splits),
+                parts, part_lse, out, lse, rows, SPLITS=splits, SPLITS_=next_power_of_2(splits),
                 D=plan.sizes["D"], D_=plan.sizes["D_"], JOINT=joint, num_warps=1,
             )  # fmt: skip
     return out, lse
@@ -513,7 +513,7 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
     given, weights = weights, indices if joint else weights.contiguous()
     plan = _Plan(q, k, indices, chunk_size)
     tile = plan.tile(_rows(plan), _most_queries(plan.topk, plan.length))
-    blocks = triton.cdiv(plan.length, tile["BLOCK"])
+    blocks = cdiv(plan.length, tile["BLOCK"])
     rows_bytes = 2 * tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
     d_q = torch.empty_like(q)
     delta = torch.empty_like(lse)
@@ -522,7 +522,7 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
         _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
             q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
             *_strides(k, v), plan.length, blocks, scale,
-            TOPK_=triton.next_power_of_2(plan.topk), JOINT=joint, **plan.sizes, **tile,
+            TOPK_=next_power_of_2(plan.topk), JOINT=joint, **plan.sizes, **tile,
             **plan.streaming(tile, plan.chunk_bytes, rows_bytes),
         )  # fmt: skip
         del union, counts
@@ -540,7 +540,7 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
     share = sizes["GROUPS"] // sizes["RETRIEVAL_HEADS"]
     num_chunks = k.shape[1] // sizes["S"]
     # Some segments per multiprocessor, so that none of them is idle for long, of 64 to 256 tiles each.
-    segment = triton.next_power_of_2(triton.cdiv(indices.numel() * share, 8 * plan.multiprocessors))
+    segment = next_power_of_2(cdiv(indices.numel() * share, 8 * plan.multiprocessors))
     segment = min(max(segment, 4096 // plan.lines), max(16384 // plan.lines, 1))
     index = invert(indices, num_chunks, heads, segment)
 

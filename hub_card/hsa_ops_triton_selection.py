@@ -12,7 +12,7 @@ more was read, as the K-th best of n random scores changes K / n of the time.
 import torch
 
 from .hsa_ops_inverted_index import invert
-from .hsa_ops_triton_utils import device_limits, on_device, tl, triton
+from .hsa_ops_triton_utils import cdiv, device_limits, next_power_of_2, on_device, tl, triton
 
 
 # Most (query, slot) pairs of one chunk that a program of the backward adds up; more are cut into segments.
@@ -285,12 +285,12 @@ def _select_row(q, landmarks, bounds, topk, slots, scale, found):
     """One query per row. Returns the keys to merge, int64 [rows, groups, slots], or None if `found` is complete."""
     batch, _, heads, dim = q.shape
     num_chunks, rows = landmarks.shape[1], batch * heads
-    dims = max(16, triton.next_power_of_2(dim))
+    dims = max(16, next_power_of_2(dim))
     tile = max(8, 4096 // dims)
     # As many landmarks per program as leave four programs for each processor, and something to choose from.
-    share = triton.next_power_of_2(triton.cdiv(rows * num_chunks, 4 * device_limits(q.device)[0]))
+    share = next_power_of_2(cdiv(rows * num_chunks, 4 * device_limits(q.device)[0]))
     size = max(tile, min(1024, max(128, 4 * slots, share)))
-    groups = triton.cdiv(num_chunks, size)
+    groups = cdiv(num_chunks, size)
     keys = torch.empty(rows, groups, slots, dtype=torch.int64, device=q.device) if groups > 1 else None
     (first, first_stride), (end, end_stride) = bounds
     _select_row_kernel[(rows * groups,)](
@@ -307,10 +307,10 @@ def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
     batch, length, heads, dim = q.shape
     num_chunks, rows, wide = landmarks.shape[1], batch * heads, q.element_size() > 2
     # A warp for 16 queries: no row of scores is spread over warps, and its maximum takes two shuffles.
-    queries, processors = min(64, max(16, triton.next_power_of_2(length))), device_limits(q.device)[0]
-    while queries > 16 and 2 * rows * triton.cdiv(length, queries) <= processors:
+    queries, processors = min(64, max(16, next_power_of_2(length))), device_limits(q.device)[0]
+    while queries > 16 and 2 * rows * cdiv(length, queries) <= processors:
         queries //= 2
-    warps, dims = queries // 16, max(16, triton.next_power_of_2(dim))
+    warps, dims = queries // 16, max(16, next_power_of_2(dim))
     tile = 128 if queries == 64 and not wide else 64
     tile = tile // 2 if slots > 64 else tile
     # Queries stay if they are no wider than this, and then a tile of landmarks takes at most 64 registers of a thread.
@@ -319,7 +319,7 @@ def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
     else:
         dims = 32 if wide else 64
     # Where even small blocks leave half of the processors idle, four programs for each, if they have four tiles each.
-    blocks, splits = rows * triton.cdiv(length, queries), 1
+    blocks, splits = rows * cdiv(length, queries), 1
     if 2 * blocks <= processors:
         splits = max(1, min(4 * processors // blocks, num_chunks // (4 * tile), 4 * _MERGED // slots))
     keys = torch.empty(rows * length, splits, slots, dtype=torch.int64, device=q.device) if splits > 1 else None
@@ -343,15 +343,15 @@ def select_chunks_forward(q, landmarks, first, end, topk, scale):
     found = tuple(torch.empty(shape, dtype=dtype, device=q.device) for dtype in (torch.float32, torch.int32))
     if found[0].numel() == 0:
         return found
-    slots = max(2, triton.next_power_of_2(topk))
+    slots = max(2, next_power_of_2(topk))
     bounds = [(x, (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))) for x in (first, end)]
     with on_device(q):
         select = _select_row if q.shape[1] == 1 else _select_blocks
         keys = select(q, landmarks, bounds, topk, slots, scale, found)
         while keys is not None:
             rows, entries = keys.shape[0], keys.shape[1] * slots
-            tile = min(_MERGED, triton.next_power_of_2(entries))
-            groups = triton.cdiv(entries, tile)
+            tile = min(_MERGED, next_power_of_2(entries))
+            groups = cdiv(entries, tile)
             merged = keys.new_empty(rows, groups, slots) if groups > 1 else None
             _merge_kernel[(rows * groups,)](
                 keys, merged, *found, entries, groups,
@@ -460,9 +460,9 @@ def _query_gradient(d_scores, q, landmarks, indices, scale):
     """d_q, contiguous, in the dtype of q."""
     _, length, heads, dim = q.shape
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows, dims = q.numel() // dim, min(128, max(16, triton.next_power_of_2(dim)))
+    rows, dims = q.numel() // dim, min(128, max(16, next_power_of_2(dim)))
     block = 2048 // dims
-    _query_gradient_kernel[(triton.cdiv(rows, block), triton.cdiv(dim, dims))](
+    _query_gradient_kernel[(cdiv(rows, block), cdiv(dim, dims))](
         d_scores, landmarks, indices, d_q, rows, length, heads, scale, *landmarks.stride()[:3],
         D=dim, TOPK=indices.shape[-1], BM=block, BD=dims, num_warps=4,
     )  # fmt: skip
@@ -475,8 +475,8 @@ def _landmark_gradient(d_scores, q, landmarks, indices, scale):
     index = invert(indices, num_chunks, heads, _SEGMENT)
     d_landmarks = torch.empty(landmarks.shape, dtype=landmarks.dtype, device=q.device)
     partial = torch.empty(max(1, index.num_slots), dim, dtype=torch.float32, device=q.device)
-    chunks, dims = landmarks.numel() // dim, min(128, max(16, triton.next_power_of_2(dim)))
-    blocks = triton.cdiv(dim, dims)
+    chunks, dims = landmarks.numel() // dim, min(128, max(16, next_power_of_2(dim)))
+    blocks = cdiv(dim, dims)
     _landmark_gradient_kernel[(len(index.chunk), blocks)](
         d_scores, q, index.pairs, index.chunk, index.start, index.end, index.slot, d_landmarks, partial,
         num_chunks, chunks, q.shape[1], heads, scale, *q.stride()[:3],

@@ -21,6 +21,19 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+# Those of `triton` are functions of kernels: called from Python, they cost microseconds.
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least `n`, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.cache
 def device_limits(device: torch.device) -> tuple[int, int]:
     """The number of multiprocessors, and the bytes of shared memory that a program can have."""
@@ -30,4 +43,4 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-__all__ = ["device_limits", "on_device", "tl", "triton"]
+__all__ = ["cdiv", "device_limits", "next_power_of_2", "on_device", "tl", "triton"]

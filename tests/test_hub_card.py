@@ -132,7 +132,7 @@ def test_retrieval_is_plotted(tmp_path):
     ("files", "message"),
     [
         (["HSA"], "`--results HSA` must name a file, and each label once"),
-        (["HSA", "paper_1m.json", "paper_1m.json"], "Two of the files have results of mq_niah at 1,048,576 tokens"),
+        (["HSA", "paper_1m.json", "paper_1m.json"], "Two of the files have results of mq_niah at 65,536 tokens"),
         (["HSA", "missing.json"], "No such file"),
     ],
 )
@@ -140,6 +140,19 @@ def test_results_that_cannot_be_plotted_are_refused(tmp_path, files, message):
     words = ["--results", files[0], *(str(FOLDER / "results" / file) for file in files[1:])]
     with pytest.raises(AssertionError, match=message):
         run_example("plot_retrieval.py", tmp_path, *words, output=tmp_path / "plots")
+
+
+# -- examples/plot_training.py --
+
+
+def test_curves_of_runs_are_compared(tmp_path):
+    logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
+    logs += ["--log", "without", FOLDER.parent / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
+    run = run_example("plot_training.py", tmp_path, *map(str, logs), task="far", output=tmp_path / "curves.png")
+    assert run.stdout == "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(AssertionError, match="has no task 'fra', but far, near"):
+        run_example("plot_training.py", tmp_path, *map(str, logs[3:]), task="fra", output=tmp_path / "curves.png")
 
 
 # -- examples/ask.py --
