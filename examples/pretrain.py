@@ -371,12 +371,13 @@ class Run:
         resumed = (self.folder / "state.json").exists()
         if resumed and not arguments.resume:
             raise ValueError(f"`--output`: {self.folder} holds a run. Go on with `--resume`, or take another folder.")
+        attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
         if resumed:
-            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **attention)
             self.state |= json.loads((self.folder / "state.json").read_text())
             self._check_same_run(config)
         else:
-            self.model = AutoModelForCausalLM.from_config(config)
+            self.model = AutoModelForCausalLM.from_config(config, **attention)
         self.model.to(self.device).train()
         self.trained = torch.compile(self.model, dynamic=False) if arguments.compile else self.model
         self.optimizers = make_optimizers(self.model, self.recipe["optimizer"])
@@ -485,6 +486,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop and save after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--attn_implementation", help="sdpa, flex_attention, ...; by default that of the model")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
     parser.add_argument("--log_every", type=int, default=50, help="batches")
     parser.add_argument(

@@ -287,6 +287,24 @@ def test_a_compiled_run_trains_alike_and_saves_the_model_as_it_is(monkeypatch, r
     assert compiled == pytest.approx(plain, rel=1e-3) and plain[-1] < 0.97 * plain[0]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_takes_the_attention_asked_for(monkeypatch, recipes, corpus, tmp_path, resumed):
+    import pretrain
+
+    used = []
+    step = pretrain.train_step
+    monkeypatch.setattr(
+        pretrain,
+        "train_step",
+        lambda model, *rest: used.append(model.config._attn_implementation) or step(model, *rest),
+    )
+    words = ["--minutes", "0", "--resume"]
+    if resumed:
+        run(monkeypatch, recipes / "qwen3.json", corpus, tmp_path / "out", *words)
+    run(monkeypatch, recipes / "qwen3.json", corpus, tmp_path / "out", *words, "--attn_implementation", "eager")
+    assert used == ["sdpa"] * resumed + ["eager"]
+
+
 def test_checkpoints_are_cut_into_small_files(monkeypatch, tmp_path):
     import pretrain
 
