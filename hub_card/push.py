@@ -100,7 +100,7 @@ def tables(folder: Path) -> dict[str, str]:
     paper = read_rows(sorted(results.glob("paper_*.json")))
     made = {"paper": by_length(paper), "recall": by_length(paper, recall)}
     made |= {"perplexity": perplexity_table(folder), "foreign": foreign_table(folder)}
-    for name in ("ruler", "babilong"):
+    for name in ("facts", "ruler", "babilong"):
         made[name] = by_length(read_rows([results / f"{name}.json"]))
     return made
 
