@@ -51,7 +51,7 @@ def plot_accuracy(models: dict[str, list[dict]], file: Path) -> None:
         axis.set(title=task, xlabel="tokens", ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower left")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="best")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
