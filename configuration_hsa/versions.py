@@ -7,7 +7,7 @@ from packaging.version import Version
 
 __version__ = "0.1.0"
 
-SUPPORTED = {"torch": ("2.9", "3"), "transformers": ("5.17", "5.24")}
+SUPPORTED = {"torch": ("2.9", "3"), "transformers": ("5.17", "6")}
 
 
 def check_versions() -> None:

@@ -49,6 +49,7 @@ from .layers import (
     HSAWindowAttention,
 )
 from .layout import build_layout
+from .naming import CACHE, takes_cache
 from .static_cache import HSAStaticCache
 
 
@@ -90,7 +91,7 @@ class HSAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HSADecoderLayer", "HSARetrievalLayer", "HSAChunkEncoder"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -154,6 +155,7 @@ class HSAModel(HSAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -219,7 +221,7 @@ class HSAModel(HSAPreTrainedModel):
         if past_key_values is not None:
             past_key_values.commit(layout, batch)
         return HSAModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+            last_hidden_state=hidden_states, **{CACHE: past_key_values if use_cache else None}
         )
 
     def _check_inputs(self, input_ids, inputs_embeds, past_key_values, kwargs) -> None:
@@ -291,6 +293,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         self.post_init()
         self.generation_config.prefill_chunk_size = PREFILL_CHUNK_SIZE
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -332,14 +335,14 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         return HSACausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             retrieval=outputs.retrieval,
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if generation_config.use_cache is False or cache is not None:
             if isinstance(cache, HSAStaticCache) and max_cache_length > cache.max_length:
                 raise ValueError(
@@ -364,7 +367,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             cache = HSACache(self.config, offloading=kind == "offloaded")
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
 
     def create_masks_for_generate(self, attention_mask, is_first_iteration=False, **kwargs):
         """Of a static cache: after the prompt every token is real, and its steps have no mask, which would grow."""
@@ -394,7 +397,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         cache that already holds tokens.)
         """
         segment = generation_config.prefill_chunk_size
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if segment is not None:
             if not isinstance(segment, int) or segment < 1:
                 raise ValueError(

@@ -19,6 +19,7 @@ from modeling_hsa import (
     HSAForTokenClassification,
     HSAModel,
 )
+from modeling_hsa.naming import CACHE
 from tests.helpers import relative_error, tiny_config, tiny_model
 
 
@@ -638,3 +639,15 @@ def test_a_cast_model_computes_in_its_dtype(dtype):
         assert p.grad.dtype == dtype and p.grad.isfinite().all(), name
     if dtype == torch.float64:
         assert relative_error(outputs.logits, tiny_model()(tokens()).logits) <= 1e-4
+
+
+@pytest.mark.parametrize("cls", [HSAModel, HSAForCausalLM])
+def test_a_cache_can_have_either_of_its_names(cls):
+    model, ids = cls(tiny_config()).eval(), tokens(1, 40)
+    for name in ("past_key_values", "cache"):
+        cache = HSACache(model.config)
+        outputs = model(ids[:, :30], **{name: cache})
+        assert cache.get_seq_length() == 30 and outputs[CACHE] is cache and getattr(outputs, CACHE) is cache
+        torch.testing.assert_close(model(ids[:, 30:], **{name: cache})[0], model(ids)[0][:, 30:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="two names of the same argument"):
+        model(ids, past_key_values=cache, cache=cache)
