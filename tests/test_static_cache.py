@@ -290,7 +290,8 @@ def test_a_static_cache_cannot_go_back(model):
     for call in (lambda: cache.crop(-1), cache.activate_past_recording):
         with pytest.raises(NotImplementedError, match="HSACache"):
             call()
-    with pytest.raises(ValueError, match="[Ss]tatic"):
+    # From Transformers up to 5.23, which ask beforehand, or from the cache.
+    with pytest.raises((ValueError, NotImplementedError), match="[Ss]tatic"):
         model.generate(random_ids(1, 20), prompt_lookup_num_tokens=3, **STATIC)
 
 
