@@ -10,7 +10,7 @@ number, word, uuid    The value of the fact. Sentence and question have a wordin
 reworded              A number, in a wording that is not in training.
 
 Greedy answers; one is right if it contains the value. Results: facts.json. HSA models: also the recall of the chunks
-that hold the value.
+that hold the fact.
 """
 
 import argparse
@@ -87,6 +87,7 @@ def make_prompt(
 
 
 def evaluate(arguments: argparse.Namespace, model, tokenizer, haystack: np.ndarray, task: str, length: int):
+    """The records of one task at a length. Raises: ValueError for a length without room."""
     records = []
     for ((seed, index),) in batches(arguments, task, length, size=1):
         rng = sample_rng(seed, task, length, index)

@@ -12,14 +12,17 @@ CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 def takes_cache(forward):
-    """`forward(..., cache=x)` is `forward(..., past_key_values=x)`."""
+    """
+    `forward(..., cache=x)` is then `forward(..., past_key_values=x)`. Raises: ValueError if both are given.
+    """
 
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
-        if "cache" in kwargs:
-            if "past_key_values" in kwargs:
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            if kwargs.get("past_key_values") is not None:
                 raise ValueError("`cache` and `past_key_values` are two names of the same argument. Give one of them.")
-            kwargs["past_key_values"] = kwargs.pop("cache")
+            kwargs["past_key_values"] = cache
         return forward(self, *args, **kwargs)
 
     return wrapper

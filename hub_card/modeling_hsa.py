@@ -175,7 +175,7 @@ class HSAModel(HSAPreTrainedModel):
                 chunk grid of a row start at its first real token. Columns of cached tokens are not looked at again.
             position_ids: int64 [1 | B, L]. Where they do not increase a new document starts (packing), and neither
                 window nor retrieval crosses it. By default they are counted from the mask and the cache.
-            past_key_values: an [`HSACache`].
+            past_key_values: an [`HSACache`]. Also as `cache`, its name in Transformers from 5.24 on.
             use_cache: whether to return a cache, one being made if none is given.
             output_retrieval (`bool`): return what every token retrieved.
             output_hidden_states, output_attentions (`bool`): as in Transformers. Attentions are those of the window,

@@ -649,5 +649,6 @@ def test_a_cache_can_have_either_of_its_names(cls):
         outputs = model(ids[:, :30], **{name: cache})
         assert cache.get_seq_length() == 30 and outputs[CACHE] is cache and getattr(outputs, CACHE) is cache
         torch.testing.assert_close(model(ids[:, 30:], **{name: cache})[0], model(ids)[0][:, 30:], rtol=1e-4, atol=1e-4)
+    assert model(ids, past_key_values=None, cache=HSACache(model.config))[CACHE].get_seq_length() == 40
     with pytest.raises(ValueError, match="two names of the same argument"):
         model(ids, past_key_values=cache, cache=cache)
