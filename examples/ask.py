@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from synthetic_text import make_document
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import modeling_hsa  # noqa: F401  # registers HSA models with the Auto classes
+from modeling_hsa.naming import CACHE  # and so registers HSA models with the Auto classes
 
 
 HUB_CARD = Path(__file__).parents[1] / "hub_card"
@@ -107,7 +107,7 @@ def read(model, document: torch.Tensor):
     """A cache with `document` [1, L], read in segments."""
     bar = PromptBar(model, document.shape[1])
     try:
-        return model.generate(document, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        return model.generate(document, max_new_tokens=1, return_dict_in_generate=True)[CACHE]
     finally:
         bar.close()
 
@@ -120,7 +120,7 @@ def ask(model, tokenizer, document: torch.Tensor, cache, question: str, max_new_
     try:
         tokens = model.generate(
             prompt,
-            past_key_values=copy.deepcopy(cache),
+            **{CACHE: copy.deepcopy(cache)},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             tokenizer=tokenizer,
