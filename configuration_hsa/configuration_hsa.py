@@ -84,6 +84,10 @@ class HSAConfig(PreTrainedConfig):
             Size of a landmark and of a retrieval query, per retrieval head.
         retrieval_stride (`int`, *optional*, defaults to 1):
             Tokens per retrieval: the tokens of a stride share the selection of its first token.
+        retrieval_distance_penalty (`float`, *optional*, defaults to 0.0):
+            Chunks are selected by their score less this for every doubling of their distance in chunks, so that of
+            many chunks of no great use the near ones are taken. Their weights are those of the plain scores. Not in
+            the paper. May be set on a trained model.
         landmark_norm (`bool`, *optional*, defaults to `False`):
             Whether landmarks and retrieval queries are RMS-normalised.
         qk_norm (`bool`, *optional*, defaults to `True`):
@@ -159,6 +163,7 @@ class HSAConfig(PreTrainedConfig):
     num_retrieval_heads: int = 1
     retrieval_dim: int = 256
     retrieval_stride: int = 1
+    retrieval_distance_penalty: float = 0.0
     landmark_norm: bool = False
     qk_norm: bool = True
     hidden_act: str = "silu"
@@ -325,6 +330,7 @@ _NUMBER_RANGES = {
     "initializer_range": (0.0, float("inf")),
     "rms_norm_eps": (0.0, float("inf")),
     "attention_dropout": (0.0, 1.0),
+    "retrieval_distance_penalty": (0.0, float("inf")),
 }
 _INTEGER_MINIMA = {
     "vocab_size": 1,

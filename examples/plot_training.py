@@ -36,12 +36,12 @@ def plot(curves: dict[str, list[tuple[int, float]]], task: str, file: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(8.4, 3.6))
     for label, curve in curves.items():
         axis.plot([tokens / 1e6 for tokens, _ in curve], [accuracy for _, accuracy in curve], label=label)
     axis.set(title=f"{task}: accuracy by answer token", xlabel="million tokens", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -308,6 +308,7 @@ class HSARetrieval(nn.Module):
             topk=self.config.chunk_topk,
             chunk_size=self.config.chunk_size,
             visible=layout.visible(self.config.chunk_size, self.stride),
+            distance_penalty=self.config.retrieval_distance_penalty,
             implementation=self.config.hsa_implementation,
         )  # fmt: skip
         weights = chunk_weights(scores, indices, self.config.chunk_weighting, self.config.hsa_implementation)

@@ -15,9 +15,10 @@ def _widen(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def select_chunks(q, landmarks, first, end, *, topk, scale):
+def select_chunks(q, landmarks, first, end, *, topk, scale, distance_penalty=0.0):
     """
-    For each query the `topk` chunks of highest score among `first <= i < end`; equal scores: the nearest (highest i).
+    For each query the `topk` chunks of highest score, less `distance_penalty` for every doubling of the distance
+    `end - i`, among `first <= i < end`; equal ones: the nearest (highest i).
 
     Args: q [b, l, r, d]; landmarks [b, c, r, d]; first, end int64 [1 | b, l].
     Returns: scores [b, l, r, topk] fp32 and indices int32, nearest chunk first; absent: index -1, score -inf.
@@ -27,9 +28,11 @@ def select_chunks(q, landmarks, first, end, *, topk, scale):
     chunk = torch.arange(num_chunks, device=q.device)
     visible = (chunk >= first[..., None]) & (chunk < end[..., None])
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
+    distance = (end.clamp(max=num_chunks)[..., None] - chunk).clamp(min=1)
+    preference = scores.detach() - distance_penalty * distance.double().log2().floor().float()[:, :, None]
 
     # A stable descending sort over the chunks from the nearest to the farthest breaks ties towards the nearest.
-    order = scores.detach().flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    order = preference.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     indices = (num_chunks - 1 - order).sort(dim=-1, descending=True).values
     scores = scores.gather(-1, indices)
     missing = topk - indices.shape[-1]

@@ -92,6 +92,13 @@ def _store_sorted(scores_ptr, indices_ptr, row, valid, keys, TOPK: tl.constexpr,
 
 
 @triton.jit
+def _distance_octaves(end, chunk):
+    """`floor(log2(end - chunk))` as fp32, 0 where `chunk` is not below `end`: the exponent of a float."""
+    bits = tl.maximum(end - chunk, 1).to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits >> 23) - 127).to(tl.float32)
+
+
+@triton.jit
 def _split_range(first, end, split, splits, BN: tl.constexpr):
     """The chunks [low, high) of a split, of those that any query sees; split 0 is the nearest."""
     seen = first < end
@@ -108,10 +115,10 @@ def _split_range(first, end, split, splits, BN: tl.constexpr):
 @triton.jit(do_not_specialize=["length", "num_chunks", "rows", "heads", "splits"])
 def _select_block_kernel(
     q_ptr, landmarks_ptr, first_ptr, end_ptr, keys_ptr, scores_ptr, indices_ptr,
-    length, num_chunks, rows, heads, splits, scale,
+    length, num_chunks, rows, heads, splits, scale, distance_penalty,
     stride_qb, stride_ql, stride_qh, stride_lb, stride_lc, stride_lh, stride_fb, stride_fl, stride_eb, stride_el,
     D: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, PENALIZE: tl.constexpr,
 ):  # fmt: skip
     """
     The best of a split for a block of BM queries of one head.
@@ -180,6 +187,8 @@ def _select_block_kernel(
                 scores = tl.dot(q, tl.trans(landmarks), scores, input_precision=PRECISION)
         scores *= scale
         chunk = (start + n)[None, :]
+        if PENALIZE:
+            scores -= distance_penalty * _distance_octaves(end[:, None], chunk)
         if (start < all_first) | (start + BN > all_end):
             scores = tl.where((chunk >= first[:, None]) & (chunk < end[:, None]), scores, float("-inf"))
         best, kept = _keep_best(best, kept, scores, chunk)
@@ -199,10 +208,10 @@ def _select_block_kernel(
 @triton.jit(do_not_specialize=["num_chunks", "heads", "groups"])
 def _select_row_kernel(
     q_ptr, landmarks_ptr, first_ptr, end_ptr, keys_ptr, scores_ptr, indices_ptr,
-    num_chunks, heads, groups, scale,
+    num_chunks, heads, groups, scale, distance_penalty,
     stride_qb, stride_qh, stride_lb, stride_lc, stride_lh, stride_fb, stride_eb,
     D: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, PENALIZE: tl.constexpr,
 ):  # fmt: skip
     """
     The best of a group of TILES * BN chunks for the only query (L = 1) of one head: decoding, which is as fast as
@@ -220,8 +229,8 @@ def _select_row_kernel(
     batch, head = (pid // groups // heads).to(tl.int64), (pid // groups % heads).to(tl.int64)
 
     low = tl.maximum(tl.load(first_ptr + batch * stride_fb), 0)
-    high = tl.minimum(tl.load(end_ptr + batch * stride_eb), num_chunks)
-    high = high.to(tl.int32) - group * TILES * BN
+    end = tl.minimum(tl.load(end_ptr + batch * stride_eb), num_chunks).to(tl.int32)
+    high = end - group * TILES * BN
     low = tl.maximum(tl.minimum(low, num_chunks).to(tl.int32), high - TILES * BN)
 
     n, d, t = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, TILES)
@@ -248,7 +257,10 @@ def _select_row_kernel(
         scores = tl.where(t[:, None] == i, products[None, :], scores)
 
     chunk = high - BN - t[:, None] * BN + n[None, :]
-    keys = tl.reshape(_ordered_keys(tl.where(chunk >= low, scores * scale, float("-inf")), chunk), [1, TILES * BN])
+    scores *= scale
+    if PENALIZE:
+        scores -= distance_penalty * _distance_octaves(end, chunk)
+    keys = tl.reshape(_ordered_keys(tl.where(chunk >= low, scores, float("-inf")), chunk), [1, TILES * BN])
     # Without a single visible chunk all keys are equal: nothing to sort.
     if high > low:
         best = tl.topk(keys, SLOTS)
@@ -281,7 +293,7 @@ def _merge_kernel(
         _store_sorted(scores_ptr, indices_ptr, row, row >= 0, best, TOPK, SLOTS)
 
 
-def _select_row(q, landmarks, bounds, topk, slots, scale, found):
+def _select_row(q, landmarks, bounds, topk, slots, scale, distance_penalty, found):
     """One query per row. Returns the keys to merge, int64 [rows, groups, slots], or None if `found` is complete."""
     batch, _, heads, dim = q.shape
     num_chunks, rows = landmarks.shape[1], batch * heads
@@ -294,15 +306,15 @@ def _select_row(q, landmarks, bounds, topk, slots, scale, found):
     keys = torch.empty(rows, groups, slots, dtype=torch.int64, device=q.device) if groups > 1 else None
     (first, first_stride), (end, end_stride) = bounds
     _select_row_kernel[(rows * groups,)](
-        q, landmarks, first, end, keys, *found, num_chunks, heads, groups, scale,
+        q, landmarks, first, end, keys, *found, num_chunks, heads, groups, scale, distance_penalty,
         q.stride(0), q.stride(2), *landmarks.stride()[:3], first_stride[0], end_stride[0],
         D=dim, TOPK=topk, SLOTS=slots, TILES=size // tile, BN=tile, BD=dims, SPLIT=groups > 1,
-        num_warps=4 if tile * dims * q.element_size() <= 1 << 14 else 8,
+        PENALIZE=distance_penalty != 0, num_warps=4 if tile * dims * q.element_size() <= 1 << 14 else 8,
     )  # fmt: skip
     return keys
 
 
-def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
+def _select_blocks(q, landmarks, bounds, topk, slots, scale, distance_penalty, found):
     """Several queries per row. Returns the keys to merge, int64 [rows, splits, slots], or None, see `_select_row`."""
     batch, length, heads, dim = q.shape
     num_chunks, rows, wide = landmarks.shape[1], batch * heads, q.element_size() > 2
@@ -325,15 +337,15 @@ def _select_blocks(q, landmarks, bounds, topk, slots, scale, found):
     keys = torch.empty(rows * length, splits, slots, dtype=torch.int64, device=q.device) if splits > 1 else None
     (first, first_stride), (end, end_stride) = bounds
     _select_block_kernel[(blocks * splits,)](
-        q, landmarks, first, end, keys, *found, length, num_chunks, rows, heads, splits, scale,
+        q, landmarks, first, end, keys, *found, length, num_chunks, rows, heads, splits, scale, distance_penalty,
         *q.stride()[:3], *landmarks.stride()[:3], *first_stride, *end_stride,
         D=dim, TOPK=topk, SLOTS=slots, BM=queries, BN=tile, BD=dims, SPLIT=splits > 1, PRECISION="ieee",
-        WIDEN=not q.is_cuda, num_warps=warps, num_stages=3,
+        WIDEN=not q.is_cuda, PENALIZE=distance_penalty != 0, num_warps=warps, num_stages=3,
     )  # fmt: skip
     return keys
 
 
-def select_chunks_forward(q, landmarks, first, end, topk, scale):
+def select_chunks_forward(q, landmarks, first, end, topk, scale, distance_penalty=0.0):
     """
     The operator `select_chunks` of `library`. Where there are too few queries to fill the device, several programs
     share the landmarks of a query, and a second kernel merges what they found.
@@ -347,7 +359,7 @@ def select_chunks_forward(q, landmarks, first, end, topk, scale):
     bounds = [(x, (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))) for x in (first, end)]
     with on_device(q):
         select = _select_row if q.shape[1] == 1 else _select_blocks
-        keys = select(q, landmarks, bounds, topk, slots, scale, found)
+        keys = select(q, landmarks, bounds, topk, slots, scale, distance_penalty, found)
         while keys is not None:
             rows, entries = keys.shape[0], keys.shape[1] * slots
             tile = min(_MERGED, next_power_of_2(entries))

@@ -60,6 +60,7 @@ VARIANTS = {
     "stride_3": {"retrieval_stride": 3},
     "stride_16": {"retrieval_stride": 16, "chunk_weighting": "stick_breaking"},
     "stride_20": {"retrieval_stride": 20, "hsa_local_attention": False},
+    "distance_penalty": {"retrieval_distance_penalty": 0.3, "chunk_topk": 2},
     "two_retrieval_heads": {"num_retrieval_heads": 2},
     "four_retrieval_heads": {"num_retrieval_heads": 4, "hsa_num_key_value_heads": 2, "retrieval_stride": 3},
     "two_memory_heads": {"hsa_num_key_value_heads": 2, "chunk_weighting": "joint"},

@@ -53,6 +53,7 @@ NUMBERS = {
     "initializer_range": ("0.02", None, True, -0.1, float("nan")),
     "rms_norm_eps": ("1e-6", None, True, -1e-6, float("nan")),
     "attention_dropout": ("0", None, True, -0.1, 1.5, float("nan")),
+    "retrieval_distance_penalty": ("0", None, True, -0.1, float("inf"), float("nan")),
 }
 DERIVED_BY_DEFAULT = ("head_dim", "encoder_intermediate_size")  # None means: derive it
 
@@ -91,6 +92,7 @@ def a_choice_of_everything() -> HSAConfig:
         num_retrieval_heads=4,
         retrieval_dim=9,
         retrieval_stride=3,
+        retrieval_distance_penalty=0.5,
         landmark_norm=True,
         qk_norm=False,
         hidden_act="gelu",

@@ -126,6 +126,13 @@ def test_torch_path_agrees_with_the_oracle(case, kind):
 
 
 @all_kinds
+def test_torch_path_agrees_with_the_oracle_with_a_distance_penalty(kind):
+    selection = {"q_start": 200, "distance_penalty": 0.3}
+    case = Case(batch=2, length=90, num_chunks=18, heads=4, kv_heads=1, retrieval_heads=2)
+    assert_agree(run_ops(case, kind, "torch", **selection), run_ops(case, kind, "naive", **selection))
+
+
+@all_kinds
 @pytest.mark.parametrize("seed", range(3))
 def test_torch_path_agrees_with_the_oracle_for_any_visible_range(kind, seed):
     # Every query of every row has a range of its own: empty ones, whole ones, and ones that end beyond the last chunk.
@@ -221,6 +228,27 @@ def test_selects_the_best_nearest_first_and_the_nearest_of_equals(implementation
         expected = sorted(best, reverse=True)
         assert indices[b, t, r].tolist() == expected
         assert scores[b, t, r].tolist() == [products[i] for i in expected]
+
+
+@all_implementations
+def test_every_doubling_of_the_distance_takes_the_penalty_from_what_selects(implementation):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-2, 3, (2, 60, 1, 3), generator=generator).float()
+    landmarks = torch.randint(-2, 3, (2, 40, 1, 3), generator=generator).float()
+    first = torch.randint(0, 40, (2, 60), generator=generator)
+    end = first + torch.randint(0, 45, (2, 60), generator=generator)
+    arguments = {"topk": 4, "chunk_size": 16, "visible": (first, end), "scale": 1.0, "implementation": implementation}
+    scores, indices = select_chunks(q, landmarks, distance_penalty=0.75, **arguments)
+    for b, t in torch.cartesian_prod(torch.arange(2), torch.arange(60)).tolist():
+        products = (landmarks[b, :, 0] @ q[b, t, 0]).tolist()
+        visible = range(int(first[b, t]), newest := min(int(end[b, t]), 40))
+        # Distances 1, 2 to 3, 4 to 7, ...
+        preference = {i: products[i] - 0.75 * ((newest - i).bit_length() - 1) for i in visible}
+        expected = sorted(sorted(visible, key=lambda i: (-preference[i], -i))[:4], reverse=True)
+        expected += [-1] * (4 - len(expected))
+        assert indices[b, t, 0].tolist() == expected
+        assert scores[b, t, 0].tolist() == [products[i] if i >= 0 else float("-inf") for i in expected]
+    assert not torch.equal(indices, select_chunks(q, landmarks, **arguments)[1])
 
 
 @all_implementations
@@ -617,6 +645,8 @@ def test_unknown_implementation_is_refused(op, implementation):
         ({"q": torch.zeros(2, 5, 4)}, r"`q` must have the shape \[B, L, Hr, d_r\], got \[2, 5, 4\]"),
         ({"topk": 0}, "`topk` must be at least 1, got 0"),
         ({"topk": -3}, "`topk` must be at least 1, got -3"),
+        ({"distance_penalty": -0.5}, "`distance_penalty` must be a number of at least 0, got -0.5"),
+        ({"distance_penalty": float("nan")}, "`distance_penalty` must be a number of at least 0, got nan"),
         ({"landmarks": torch.zeros(2, 3, 4)}, r"`landmarks` must have the shape \[2, \*, 1, 4\], got \[2, 3, 4\]"),
         ({"landmarks": torch.zeros(1, 3, 1, 4)}, r"`landmarks` must have the shape \[2, \*, 1, 4\]"),
         ({"landmarks": torch.zeros(2, 3, 2, 4)}, r"`landmarks` must have the shape \[2, \*, 1, 4\]"),

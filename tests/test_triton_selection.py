@@ -203,6 +203,32 @@ def test_of_equal_scores_the_nearest_chunks(length):
     assert (indices == torch.tensor([299, 298, 297, 40, 3], device=DEVICE)).all()
 
 
+PENALIZED = [
+    *(Case(length=n, num_chunks=c) for n in (1, 5) for c in (2, 200)),
+    Case(length=18, num_chunks=70, heads=2),
+    *(pytest.param(case, marks=gpu) for case in LARGE),
+]
+
+
+@all_dtypes
+@pytest.mark.parametrize("case", PENALIZED, ids=str)
+def test_distance_penalty(case, dtype):
+    if DEVICE == "cpu" and dtype == torch.float16:
+        pytest.skip("the interpreter computes all dtypes in fp32")
+    assert_equal_selection(case, make_inputs(case, dtype, exact=True), scale=0.5, distance_penalty=0.25)
+
+
+@pytest.mark.usefixtures("many_splits")
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("num_chunks", [700, pytest.param(60000, marks=gpu)])
+def test_distance_penalty_with_splits_of_the_landmarks(num_chunks, length):
+    case = Case(length=length, num_chunks=num_chunks)
+    inputs = make_inputs(case, torch.bfloat16, exact=True)
+    assert_equal_selection(case, inputs, distance_penalty=0.5)
+    plain, penalized = (select(case, inputs, distance_penalty=penalty)[1] for penalty in (0.0, 0.5))
+    assert not torch.equal(plain, penalized)
+
+
 @all_dtypes
 @pytest.mark.parametrize("length", [1, 20])
 def test_random_scores_lose_no_more_than_plain_pytorch(length, dtype):

@@ -6,6 +6,8 @@ kernels), `"torch"` (plain PyTorch, any device) or `"naive"` (the fp32 oracle). 
 and cannot run raises; where `"auto"` cannot use the kernels on a CUDA device, it says why, once.
 """
 
+import math
+
 import torch
 
 from .availability import pick_backend
@@ -16,6 +18,7 @@ from .naive import chunk_attention as _naive_chunk_attention
 from .naive import chunk_weights as _naive_chunk_weights
 from .naive import select_chunks as _naive_select_chunks
 from .precision import without_autocast
+from .selection import distance_octaves
 
 
 _KINDS = ("softmax", "stick_breaking", "joint")
@@ -70,6 +73,7 @@ def select_chunks(
     q_start: int | torch.Tensor = 0,
     visible: tuple[torch.Tensor, torch.Tensor] | None = None,
     scale: float | None = None,
+    distance_penalty: float = 0.0,
     implementation: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -86,6 +90,9 @@ def select_chunks(
             query at position p iff `(i + 1) * S <= p`.
         visible: replaces `q_start`: `(first, end)`, each int64 [1 | B, L]; chunk i is visible iff `first <= i < end`.
         scale: defaults to `d_r ** -0.5`.
+        distance_penalty: at least 0. Chunks are selected by their score less this for every doubling of their
+            distance, `floor(log2(n - i))` for chunk i if n chunks are visible up to the newest. The scores returned
+            are those without it. (Not in the paper, where it is 0.)
         implementation: see the module.
 
     Returns:
@@ -99,6 +106,8 @@ def select_chunks(
         raise ValueError(f"`q` must have the shape [B, L, Hr, d_r], got {list(q.shape)}.")
     if topk < 1:
         raise ValueError(f"`topk` must be at least 1, got {topk}.")
+    if not 0 <= distance_penalty < math.inf:
+        raise ValueError(f"`distance_penalty` must be a number of at least 0, got {distance_penalty}.")
     batch, length, heads, dim = q.shape
     _check_shape("landmarks", landmarks, batch, None, heads, dim)
     _check_same(q=q, landmarks=landmarks)
@@ -113,8 +122,13 @@ def select_chunks(
         return scores + _zeros_connected_to(q, landmarks).float()[..., :1], absent
     scale = dim**-0.5 if scale is None else scale
     if backend == "naive":
-        return without_autocast(_naive_select_chunks)(q, landmarks, *visible, topk=topk, scale=scale)
-    return _select_chunks(q, landmarks, *visible, topk, scale, backend)
+        options = {"topk": topk, "scale": scale, "distance_penalty": distance_penalty}
+        return without_autocast(_naive_select_chunks)(q, landmarks, *visible, **options)
+    scores, indices = _select_chunks(q, landmarks, *visible, topk, scale, float(distance_penalty), backend)
+    if distance_penalty:
+        newest = visible[1].clamp(max=landmarks.shape[1])[..., None, None]
+        scores = scores + distance_penalty * distance_octaves(newest, indices)
+    return scores, indices
 
 
 def chunk_weights(scores: torch.Tensor, indices: torch.Tensor, kind: str, implementation: str = "auto"):

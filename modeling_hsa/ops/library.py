@@ -46,10 +46,14 @@ def count_from(start: int, length: int, device) -> torch.Tensor:
 
 @torch.library.custom_op(f"{_NAMESPACE}::select_chunks", mutates_args=())
 def select_chunks(
-    q: Tensor, landmarks: Tensor, first: Tensor, end: Tensor, topk: int, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """See `modeling_hsa.ops.select_chunks`; `first` and `end` are int64 [1 | B, L]."""
-    return without_autocast(_selection(backend)[0])(q, landmarks, first, end, topk, scale)
+    q: Tensor, landmarks: Tensor, first: Tensor, end: Tensor, topk: int, scale: float, distance_penalty: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """
+    See `modeling_hsa.ops.select_chunks`; `first` and `end` are int64 [1 | B, L]. The scores returned are those that
+    selected, less the penalty.
+    """
+    return without_autocast(_selection(backend)[0])(q, landmarks, first, end, topk, scale, distance_penalty)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::select_chunks_backward", mutates_args=())
@@ -86,7 +90,7 @@ def chunk_attention_backward(
 
 
 @select_chunks.register_fake
-def _(q, landmarks, first, end, topk, scale, backend):
+def _(q, landmarks, first, end, topk, scale, distance_penalty, backend):
     shape = (*q.shape[:3], topk)
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.int32)
 
@@ -112,7 +116,7 @@ def _(d_out, q, k, v, weights, indices, out, lse, chunk_size, scale, backend):
 
 
 def _save_selection(ctx, inputs, output):
-    q, landmarks, _, _, _, scale, backend = inputs
+    q, landmarks, _, _, _, scale, _, backend = inputs
     _, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(q, landmarks, indices)
@@ -121,7 +125,7 @@ def _save_selection(ctx, inputs, output):
 
 def _selection_gradients(ctx, d_scores, _):
     d_q, d_landmarks = select_chunks_backward(d_scores, *ctx.saved_tensors, *ctx.arguments)
-    return d_q, d_landmarks, *[None] * 5
+    return d_q, d_landmarks, *[None] * 6
 
 
 def _save_attention(ctx, inputs, output):

@@ -30,6 +30,14 @@ def _split_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scores.masked_fill(chunk < 0, float("-inf")), chunk.to(torch.int32)
 
 
+def distance_octaves(end: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+    """
+    `floor(log2(end - chunk))`, how often the distance to a chunk has doubled, int32: 0 for the newest visible one, and
+    where `chunk` is not below `end`. Exact, as it is read from the exponent of a float.
+    """
+    return torch.frexp((end - chunk).clamp(min=1).float()).exponent - 1
+
+
 def _top_keys(scores: torch.Tensor, first_chunk: int, topk: int) -> torch.Tensor:
     """
     The `topk` best keys (fewer if there are fewer) of scores [rows, n, c] of the chunks from `first_chunk` on.
@@ -51,7 +59,7 @@ def _top_keys(scores: torch.Tensor, first_chunk: int, topk: int) -> torch.Tensor
     return keys.topk(min(topk, keys.shape[-1]), dim=-1).values
 
 
-def _best_keys(q, landmarks, first, end, topk, scale):
+def _best_keys(q, landmarks, first, end, topk, scale, distance_penalty):
     """q [rows, n, d], landmarks [rows, c, d], first and end [rows, n] -> the `topk` best keys of each query."""
     rows, length, _ = q.shape
     best = torch.full((rows, length, topk), _ABSENT, dtype=torch.int64, device=q.device)
@@ -62,18 +70,21 @@ def _best_keys(q, landmarks, first, end, topk, scale):
     for c in range(start, stop, block):
         chunk = torch.arange(c, min(c + block, stop), device=q.device)
         scores = (q.float() @ landmarks[:, c : c + len(chunk)].float().transpose(1, 2)) * scale
+        if distance_penalty:
+            scores -= distance_penalty * distance_octaves(end[..., None], chunk)
         scores.masked_fill_((chunk < first[..., None]) | (chunk >= end[..., None]), float("-inf"))
         best = torch.cat([best, _top_keys(scores, c, topk)], dim=-1).topk(topk, dim=-1).values
     return best
 
 
-def select_chunks_forward(q, landmarks, first, end, topk, scale):
+def select_chunks_forward(q, landmarks, first, end, topk, scale, distance_penalty=0.0):
     """The operator `select_chunks` of `library`."""
     batch, length, heads, _ = q.shape
     # A row is a retrieval head of a batch entry: q [rows, L, d], landmarks [rows, C, d], first and end [rows, L].
     q, landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
-    first, end = (x.expand(batch, length).repeat_interleave(heads, dim=0) for x in (first, end))
     rows, num_chunks = landmarks.shape[:2]
+    end = end.clamp(max=num_chunks)
+    first, end = (x.expand(batch, length).repeat_interleave(heads, dim=0) for x in (first, end))
     best = torch.empty(rows, length, topk, dtype=torch.int64, device=q.device)
     # As many queries as leave room for a thousand landmarks at a time, and as many rows as then fit.
     step = max(1, min(length, _BLOCK_ELEMENTS // max(1024, 2 * topk)))
@@ -83,7 +94,7 @@ def select_chunks_forward(q, landmarks, first, end, topk, scale):
         for t in range(0, length, step):
             block = slice(t, t + step)
             best[row, block] = _best_keys(
-                q[row, block], landmarks[row], first[row, block], end[row, block], topk, scale
+                q[row, block], landmarks[row], first[row, block], end[row, block], topk, scale, distance_penalty
             )
     return tuple(x.unflatten(0, (batch, heads)).transpose(1, 2).contiguous() for x in _split_keys(best))
 
