@@ -22,7 +22,7 @@ import torch
 from measuring import hardware
 from prepare_corpus import cut_document, open_documents
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 # Registers HSA models with the Auto classes. Where the package is not installed, a model folder brings its code along.
@@ -54,6 +54,10 @@ def make_parser(doc: str, tasks: Sequence[str], lengths: Sequence[int], haystack
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; auto: as saved")
     parser.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument(
+        "--config", nargs="+", type=_setting, default=[], metavar="NAME=VALUE",
+        help="fields of the model's configuration to change, such as chunk_topk=16",
+    )  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     parser.add_argument("--batch_size", type=int, default=1, help="samples scored at a time")
     parser.add_argument(
@@ -63,9 +67,21 @@ def make_parser(doc: str, tasks: Sequence[str], lengths: Sequence[int], haystack
     return parser
 
 
+def _setting(text: str) -> tuple[str, object]:
+    """The name and value of NAME=VALUE: of JSON where it is JSON, a string otherwise."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments, checked: the parser ends the program with the name of a flag that makes no sense, and the fix."""
     arguments = parser.parse_args(words)
+    arguments.config = dict(arguments.config)
     for name, least in (("lengths", 1), ("samples", 1), ("batch_size", 1), ("segment", 0), ("seeds", 0)):
         value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) < least:
@@ -90,7 +106,11 @@ def load(arguments: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **options)
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **options)
+    if arguments.config:
+        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        if unknown := arguments.config.keys() - config.to_dict():
+            raise SystemExit(f"`--config`: a model of type {config.model_type!r} has no field {sorted(unknown)}")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **options, **arguments.config)
     if arguments.offload and cache_class(model) is None:
         raise SystemExit(f"`--offload` is for HSA models, not for {model.config.model_type!r}: leave it out")
     return model.to(arguments.device).eval(), tokenizer

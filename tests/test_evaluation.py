@@ -618,6 +618,7 @@ def test_what_does_not_fit_into_memory_is_reported(folders, tmp_path, monkeypatc
         (["--lengths", "100", "-1"], "`--lengths` must be at least 1"),
         (["--dtype", "int8"], "`--dtype` must be auto, float32"),
         (["--depths", "1"], "`--depths` must be 0 or at least 2"),
+        (["--config", "chunk_topk"], "argument --config: takes NAME=VALUE, got 'chunk_topk'"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(folders, capsys, words, message):
@@ -632,6 +633,25 @@ def test_prompts_too_short_for_a_task_end_the_program_at_once(folders, tmp_path)
     words = ["--model", folders["llama"], "--haystack", folders["text.txt"], "--output", tmp_path, "--lengths", 30]
     with pytest.raises(SystemExit, match="`length` must be at least"):
         eval_ruler.main([str(word) for word in words])
+
+
+def test_fields_of_the_configuration_can_be_changed(folders, tmp_path, monkeypatch):
+    models, load = [], eval_ruler.load
+
+    def remember(arguments):
+        models.append(load(arguments)[0])
+        return models[0], load(arguments)[1]
+
+    monkeypatch.setattr(eval_ruler, "load", remember)
+    words = ["--model", folders["hsa"], "--haystack", folders["text.txt"], "--output", tmp_path, "--tasks", "s_niah",
+             "--lengths", 400, "--samples", 1, "--device", "cpu", "--config"]  # fmt: skip
+    changes = ["chunk_topk=3", "retrieval_distance_penalty=0.5", "chunk_weighting=stick_breaking"]
+    eval_ruler.main([str(word) for word in [*words, *changes]])
+    expected = {"chunk_topk": 3, "retrieval_distance_penalty": 0.5, "chunk_weighting": "stick_breaking"}
+    assert {name: getattr(models[0].config, name) for name in expected} == expected
+    assert json.loads((tmp_path / "paper.json").read_text())["arguments"]["config"] == expected
+    with pytest.raises(SystemExit, match=r"`--config`: a model of type 'hsa' has no field \['chunk_top'\]"):
+        eval_ruler.main([str(word) for word in [*words, "chunk_top=3"]])
 
 
 def test_offloading_is_for_hsa_models(folders, tmp_path):
