@@ -85,9 +85,9 @@ class HSAConfig(PreTrainedConfig):
         retrieval_stride (`int`, *optional*, defaults to 1):
             Tokens per retrieval: the tokens of a stride share the selection of its first token.
         retrieval_distance_penalty (`float`, *optional*, defaults to 0.0):
-            Chunks are selected by their score less this for every doubling of their distance in chunks, so that of
-            many chunks of no great use the near ones are taken. Their weights are those of the plain scores. Not in
-            the paper. May be set on a trained model.
+            Chunks are selected by their score less this for every whole doubling of their distance, counted in chunks
+            from the newest complete one (1), so that of many chunks of no great use the near ones are taken. Their
+            weights are those of the plain scores. Not in the paper. May be set on a trained model.
         landmark_norm (`bool`, *optional*, defaults to `False`):
             Whether landmarks and retrieval queries are RMS-normalised.
         qk_norm (`bool`, *optional*, defaults to `True`):

@@ -91,8 +91,8 @@ def select_chunks(
         visible: replaces `q_start`: `(first, end)`, each int64 [1 | B, L]; chunk i is visible iff `first <= i < end`.
         scale: defaults to `d_r ** -0.5`.
         distance_penalty: at least 0. Chunks are selected by their score less this for every doubling of their
-            distance, `floor(log2(n - i))` for chunk i if n chunks are visible up to the newest. The scores returned
-            are those without it. (Not in the paper, where it is 0.)
+            distance, `floor(log2(n - i))` for chunk i if chunk n - 1 is the newest visible one. The scores returned
+            are those without it, to rounding. (Not in the paper, where it is 0.)
         implementation: see the module.
 
     Returns:
