@@ -41,11 +41,20 @@ def test_setup_is_one_line_that_installs_first(line):
 def test_links_and_files_exist(name):
     file = REPOSITORY / name
     text = file.read_text(encoding="utf-8")
-    links = [file.parent / link for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
+    links = re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", text)
     assert links
+    for target, heading in links:
+        assert not heading or heading in headings(file.parent / target), f"{target}#{heading}"
+    links = [file.parent / target for target, _ in links]
     links += [REPOSITORY / path for path in re.findall(r"`((?:examples|modeling_hsa|docs|tests)/[^` ]*)`", text)]
     for link in links:
         assert link.exists(), link
+
+
+def headings(file: Path) -> list[str]:
+    """The names that links give the headings of a Markdown file."""
+    names = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in names]
 
 
 @pytest.mark.slow
