@@ -639,8 +639,9 @@ def test_fields_of_the_configuration_can_be_changed(folders, tmp_path, monkeypat
     models, load = [], eval_ruler.load
 
     def remember(arguments):
-        models.append(load(arguments)[0])
-        return models[0], load(arguments)[1]
+        model, tokenizer = load(arguments)
+        models.append(model)
+        return model, tokenizer
 
     monkeypatch.setattr(eval_ruler, "load", remember)
     words = ["--model", folders["hsa"], "--haystack", folders["text.txt"], "--output", tmp_path, "--tasks", "s_niah",
