@@ -139,10 +139,7 @@ def fla_nsa(q, k, v, weights, indices):
     """The branch of Native Sparse Attention that attends to selected blocks: one softmax over all, no weights."""
     from fla.ops.nsa import parallel_nsa
 
-    gate = q.new_ones(q.shape[:3])
-    return parallel_nsa(
-        q, k, v, g_slc=gate, block_indices=indices, block_counts=indices.shape[-1], block_size=CHUNK_SIZE
-    )
+    return parallel_nsa(q, k, v, block_indices=indices, block_counts=indices.shape[-1], block_size=CHUNK_SIZE)
 
 
 def _hsa(implementation: str):

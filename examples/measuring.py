@@ -1,7 +1,9 @@
 """What the benchmarks share: hardware and versions, times and peak memory on a GPU or a CPU, ceilings, results."""
 
 import argparse
+import contextlib
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -44,6 +46,9 @@ def hardware() -> dict[str, str | int]:
             found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError):
             found["driver"] = "unknown"
+    for peer in ("fla-core", "flash-attn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[peer] = importlib.metadata.version(peer)
     return found
 
 
