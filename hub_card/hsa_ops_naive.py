@@ -29,7 +29,9 @@ def select_chunks(q, landmarks, first, end, *, topk, scale, distance_penalty=0.0
     visible = (chunk >= first[..., None]) & (chunk < end[..., None])
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     distance = (end.clamp(max=num_chunks)[..., None] - chunk).clamp(min=1)
-    preference = scores.detach() - distance_penalty * distance.double().log2().floor().float()[:, :, None]
+    powers = 2 ** torch.arange(1, 63, device=q.device)
+    octaves = torch.bucketize(distance, powers, right=True)  # floor(log2(distance)); log2 is not exact on CUDA
+    preference = scores.detach() - distance_penalty * octaves[:, :, None]
 
     # A stable descending sort over the chunks from the nearest to the farthest breaks ties towards the nearest.
     order = preference.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :topk]

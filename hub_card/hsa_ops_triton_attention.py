@@ -7,7 +7,8 @@ Query heads that share both their chunks and their keys and values form a group 
 
 Forward and the gradient of q: neighbouring queries retrieve mostly the same chunks, so a program takes a block of
 queries of one group, as many as fill the tensor cores, and walks the union of their chunks. A chunk is read once for
-the block; rows that did not retrieve it give it the weight 0. The softmax of a chunk is complete when the chunk is
+the block; rows that did not retrieve it give it the weight 0. Blocks whose queries share too few chunks for that are
+left to a second launch, which takes their queries one at a time. The softmax of a chunk is complete when the chunk is
 read, so nothing has to be rescaled later (but for `joint`, which is one softmax, kept online).
 
 Gradients of k and v: a program takes the (query, slot) pairs that retrieved one chunk from the inverted index, in
@@ -15,6 +16,8 @@ tiles of as many rows, and sums over them: time is linear in the pairs. This giv
 
 Nothing uses atomics: results are the same every time.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -65,44 +68,62 @@ def _union_kernel(
 
 
 @triton.jit
-def _query_block(
-    indices, weights, union, counts, length, blocks,
-    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
-    TOPK: tl.constexpr, TOPK_: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr,
+def _place(
+    counts, length, blocks,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, TOPK: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    What falls to a program whose first axis of the grid counts the blocks of queries of all rows and groups.
+    What falls to a program whose first axis of the grid counts the blocks of QUERIES queries of all groups and rows.
 
-    Returns: the row and the key/value head; for each line of the tile the place of its (token, head) in [B, L, Hq] and
-    whether there is one; the chunks and (but for `joint`) the weights of the queries, [BLOCK, TOPK_]; where the chunks
-    to walk are listed, and how many.
+    Returns: the row, the group and the first query; how many chunks the block has in all; whether it is for this
+    launch, that of whole blocks (BLOCK = QUERIES) or that of single queries (BLOCK = 1); and how many tiles of BLOCK
+    queries it has. Where few chunks are shared, reading each once does not pay for computing it for all queries.
     """
     block = tl.program_id(0) % blocks
     group = (tl.program_id(0) // blocks) % GROUPS
     row = (tl.program_id(0) // blocks // GROUPS).to(tl.int64)
-    kv_head = group * KV_HEADS // GROUPS
+    count, mine, tiles = TOPK, True, 1
+    if QUERIES > 1:
+        count = tl.load(counts + (row * RETRIEVAL_HEADS + group * RETRIEVAL_HEADS // GROUPS) * blocks + block)
+        few_shared = count * 10 > 7 * QUERIES * TOPK
+        mine = few_shared if BLOCK < QUERIES else not few_shared
+        if BLOCK < QUERIES:
+            tiles = tl.minimum(QUERIES, length - block * QUERIES)
+    return row, group, block * QUERIES, count, mine, tiles
+
+
+@triton.jit
+def _query_tile(
+    indices, weights, union, row, group, first, count, length, blocks,
+    GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, G: tl.constexpr,
+    TOPK: tl.constexpr, TOPK_: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr,
+):  # fmt: skip
+    """
+    For each line of the tile of `_place` the place of its (token, head) in [B, L, Hq] and whether there is one; the
+    chunks and (but for `joint`) the weights of the queries, [BLOCK, TOPK_]; where the chunks to walk are listed, and
+    how many.
+    """
     retrieval_head = group * RETRIEVAL_HEADS // GROUPS
-    first_token = row * length + block * BLOCK
+    first_token = row * length + first
 
     query, slot = tl.arange(0, BLOCK), tl.arange(0, TOPK_)
     retrieved = ((first_token + query[:, None]) * RETRIEVAL_HEADS + retrieval_head) * TOPK + slot[None, :]
-    known = (block * BLOCK + query < length)[:, None] & (slot < TOPK)[None, :]
+    known = (first + query < length)[:, None] & (slot < TOPK)[None, :]
     chunks = tl.load(indices + retrieved, mask=known, other=-1).to(tl.int32)
     chunk_weights = chunks
     if not JOINT:
         chunk_weights = tl.load(weights + retrieved, mask=known, other=0.0).to(tl.float32)
 
     line = tl.arange(0, BLOCK * LINES)
-    seen = (block * BLOCK + line // LINES < length) & (line % LINES < G)
+    seen = (first + line // LINES < length) & (line % LINES < G)
     offset = (first_token + line // LINES) * (GROUPS * G) + group * G + line % LINES
     if BLOCK == 1:  # the chunks of the query as they are, absent ones with the weight 0
         walk = indices + (first_token * RETRIEVAL_HEADS + retrieval_head) * TOPK
         count = TOPK
     else:
-        block_id = (row * RETRIEVAL_HEADS + retrieval_head) * blocks + block
-        walk = union + block_id * (BLOCK * TOPK)
-        count = tl.load(counts + block_id)
-    return row, kv_head, offset, seen, chunks, chunk_weights, walk, count
+        walk = union + ((row * RETRIEVAL_HEADS + retrieval_head) * blocks + first // BLOCK) * (BLOCK * TOPK)
+    return offset, seen, chunks, chunk_weights, walk, count
 
 
 @triton.jit
@@ -142,64 +163,71 @@ def _forward_kernel(
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, batch, length, blocks, scale,
     GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
     TOPK: tl.constexpr, TOPK_: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
-    BLOCK: tl.constexpr, LINES: tl.constexpr, SPLITS: tl.constexpr, JOINT: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, SPLITS: tl.constexpr, JOINT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid: (blocks of queries of all rows and groups, SPLITS). A program keeps its queries [BLOCK * LINES, D] and its
-    output, and streams the chunks of its part of the union, K and V of STAGES chunks at a time in shared memory. A
-    query has LINES >= G rows, one per head of the group.
+    Grid: (blocks of queries of all rows and groups, SPLITS). A program keeps a tile of queries [BLOCK * LINES, D] and
+    its output, and streams its part of their chunks, K and V of STAGES chunks at a time in shared memory. A query has
+    LINES >= G rows, one per head of the group.
 
     With SPLITS > 1 (few queries) `out` is fp32 [SPLITS, B, L, Hq, D] and `lse` [SPLITS, B, L, Hq], for
     `_combine_kernel`.
     """
-    row, kv_head, offset, seen, chunks, chunk_weights, walk, count = _query_block(
-        indices, weights, union, counts, length, blocks,
-        GROUPS, RETRIEVAL_HEADS, KV_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+    row, group, first, count, mine, tiles = _place(
+        counts, length, blocks, GROUPS, RETRIEVAL_HEADS, TOPK, QUERIES, BLOCK
     )  # fmt: skip
-    column, position = tl.arange(0, D_), tl.arange(0, S_)
-    elements = offset[:, None] * D + column[None, :]
-    inside = seen[:, None] & (column < D)[None, :]
-    q_tile = tl.load(q + elements, mask=inside, other=0.0)
+    if not mine:
+        return
+    kv_head = group * KV_HEADS // GROUPS
     k += row * stride_kb + kv_head * stride_kh
     v += row * stride_vb + kv_head * stride_vh
-    split = tl.program_id(1)
-    part = (count + SPLITS - 1) // SPLITS
-
-    acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
-    top = tl.full([BLOCK * LINES], float("-inf"), dtype=tl.float32)
-    mass = tl.zeros([BLOCK * LINES], dtype=tl.float32)
-    for j in tl.range(split * part, tl.minimum(split * part + part, count), num_stages=STAGES):
-        chunk = tl.load(walk + j).to(tl.int32)
-        first_row = tl.maximum(chunk, 0).to(tl.int64) * S
-        rows = tl.where(chunk >= 0, S, 0)
-        keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
-        values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
-        scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
-        has = (chunks == chunk) & (chunks >= 0)
-        if JOINT:
-            has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
-            scores = tl.where(has_line[:, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-            probs = tl.exp2(scores - finite_top[:, None])
-            shrink = tl.exp2(top - finite_top)
-            acc = acc * shrink[:, None]
-            mass = mass * shrink + tl.sum(probs, 1)
-            top = new_top
-        else:
-            weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
-            probs = tl.exp2(scores - tl.max(scores, 1)[:, None])
-            probs = probs * (weight / tl.sum(probs, 1))[:, None]
-        acc = tl.dot(probs.to(values.dtype), values, acc, input_precision=PRECISION)
-
-    if SPLITS > 1:
-        offset += split.to(tl.int64) * batch * length * (GROUPS * G)
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
+    for tile in range(tiles):
+        offset, seen, chunks, chunk_weights, walk, present = _query_tile(
+            indices, weights, union, row, group, first + tile, count, length, blocks,
+            GROUPS, RETRIEVAL_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+        )  # fmt: skip
         elements = offset[:, None] * D + column[None, :]
-    if JOINT:
-        acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]
-        tl.store(lse + offset, tl.where(mass > 0, top + tl.log2(mass), float("-inf")), mask=seen)
-    tl.store(out + elements, acc.to(out.dtype.element_ty), mask=inside)
+        inside = seen[:, None] & (column < D)[None, :]
+        q_tile = tl.load(q + elements, mask=inside, other=0.0)
+        split = tl.program_id(1)
+        part = (present + SPLITS - 1) // SPLITS
+
+        acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
+        top = tl.full([BLOCK * LINES], float("-inf"), dtype=tl.float32)
+        mass = tl.zeros([BLOCK * LINES], dtype=tl.float32)
+        for j in tl.range(split * part, tl.minimum(split * part + part, present), num_stages=STAGES):
+            chunk = tl.load(walk + j).to(tl.int32)
+            first_row = tl.maximum(chunk, 0).to(tl.int64) * S
+            rows = tl.where(chunk >= 0, S, 0)
+            keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
+            values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
+            scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+            has = (chunks == chunk) & (chunks >= 0)
+            if JOINT:
+                has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
+                scores = tl.where(has_line[:, None], scores, float("-inf"))
+                new_top = tl.maximum(top, tl.max(scores, 1))
+                finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+                probs = tl.exp2(scores - finite_top[:, None])
+                shrink = tl.exp2(top - finite_top)
+                acc = acc * shrink[:, None]
+                mass = mass * shrink + tl.sum(probs, 1)
+                top = new_top
+            else:
+                weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
+                probs = tl.exp2(scores - tl.max(scores, 1)[:, None])
+                probs = probs * (weight / tl.sum(probs, 1))[:, None]
+            acc = tl.dot(probs.to(values.dtype), values, acc, input_precision=PRECISION)
+
+        if SPLITS > 1:
+            offset += split.to(tl.int64) * batch * length * (GROUPS * G)
+            elements = offset[:, None] * D + column[None, :]
+        if JOINT:
+            acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+            tl.store(lse + offset, tl.where(mass > 0, top + tl.log2(mass), float("-inf")), mask=seen)
+        tl.store(out + elements, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -233,50 +261,58 @@ def _query_gradient_kernel(
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, length, blocks, scale,
     GROUPS: tl.constexpr, RETRIEVAL_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
     TOPK: tl.constexpr, TOPK_: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
-    BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, JOINT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """
     Grid and memory plan as in `_forward_kernel`, without splits; d_out stays beside the queries. `joint` leaves
     `delta = d_out . out` [B, L, Hq] for the gradients of keys and values.
     """
-    row, kv_head, offset, seen, chunks, chunk_weights, walk, count = _query_block(
-        indices, weights, union, counts, length, blocks,
-        GROUPS, RETRIEVAL_HEADS, KV_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+    row, group, first, count, mine, tiles = _place(
+        counts, length, blocks, GROUPS, RETRIEVAL_HEADS, TOPK, QUERIES, BLOCK
     )  # fmt: skip
-    column, position = tl.arange(0, D_), tl.arange(0, S_)
-    elements = offset[:, None] * D + column[None, :]
-    inside = seen[:, None] & (column < D)[None, :]
-    q_tile = tl.load(q + elements, mask=inside, other=0.0)
-    d_out_tile = tl.load(d_out + elements, mask=inside, other=0.0)
-    if JOINT:
-        line_lse = tl.load(lse + offset, mask=seen, other=0.0)
-        out_tile = tl.load(out + elements, mask=inside, other=0.0)
-        line_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
-        tl.store(delta + offset, line_delta, mask=seen)
+    if not mine:
+        return
+    kv_head = group * KV_HEADS // GROUPS
     k += row * stride_kb + kv_head * stride_kh
     v += row * stride_vb + kv_head * stride_vh
-
-    acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
-    for j in tl.range(0, count, num_stages=STAGES):
-        chunk = tl.load(walk + j).to(tl.int32)
-        first_row = tl.maximum(chunk, 0).to(tl.int64) * S
-        rows = tl.where(chunk >= 0, S, 0)
-        keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
-        values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
-        scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
-        d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
-        has = (chunks == chunk) & (chunks >= 0)
+    column, position = tl.arange(0, D_), tl.arange(0, S_)
+    for tile in range(tiles):
+        offset, seen, chunks, chunk_weights, walk, present = _query_tile(
+            indices, weights, union, row, group, first + tile, count, length, blocks,
+            GROUPS, RETRIEVAL_HEADS, G, TOPK, TOPK_, BLOCK, LINES, JOINT,
+        )  # fmt: skip
+        elements = offset[:, None] * D + column[None, :]
+        inside = seen[:, None] & (column < D)[None, :]
+        q_tile = tl.load(q + elements, mask=inside, other=0.0)
+        d_out_tile = tl.load(d_out + elements, mask=inside, other=0.0)
         if JOINT:
-            has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
-            probs = tl.exp2(tl.where(has_line[:, None], scores - line_lse[:, None], float("-inf")))
-            d_scores = probs * (d_probs - line_delta[:, None])
-        else:
-            weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
-            probs = _softmax(scores)
-            chunk_delta = tl.sum(probs * d_probs, 1)
-            d_scores = probs * (d_probs - chunk_delta[:, None]) * weight[:, None]
-        acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
-    tl.store(d_q + elements, (acc * scale).to(d_q.dtype.element_ty), mask=inside)
+            line_lse = tl.load(lse + offset, mask=seen, other=0.0)
+            out_tile = tl.load(out + elements, mask=inside, other=0.0)
+            line_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
+            tl.store(delta + offset, line_delta, mask=seen)
+
+        acc = tl.zeros([BLOCK * LINES, D_], dtype=tl.float32)
+        for j in tl.range(0, present, num_stages=STAGES):
+            chunk = tl.load(walk + j).to(tl.int32)
+            first_row = tl.maximum(chunk, 0).to(tl.int64) * S
+            rows = tl.where(chunk >= 0, S, 0)
+            keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
+            values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
+            scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+            d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
+            has = (chunks == chunk) & (chunks >= 0)
+            if JOINT:
+                has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
+                probs = tl.exp2(tl.where(has_line[:, None], scores - line_lse[:, None], float("-inf")))
+                d_scores = probs * (d_probs - line_delta[:, None])
+            else:
+                weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
+                probs = _softmax(scores)
+                chunk_delta = tl.sum(probs * d_probs, 1)
+                d_scores = probs * (d_probs - chunk_delta[:, None]) * weight[:, None]
+            acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
+        tl.store(d_q + elements, (acc * scale).to(d_q.dtype.element_ty), mask=inside)
 
 
 # -- gradients of keys, values and weights ----------------------------------------------------------------------------
@@ -435,6 +471,19 @@ class _Plan:
         stages = max(1, min(most, (self.shared_memory - fixed_bytes - scores) // stage_bytes))
         return {"STAGES": stages, "num_warps": 8 if rows * self.sizes["D_"] > 64 * 128 else 4}
 
+    def launches(self, tile: dict[str, int], tensors: int) -> Iterator[dict[str, int]]:
+        """
+        Sizes for a kernel that walks the chunks of blocks of queries, a program a block: for the blocks whose queries
+        share chunks, and for the others, whose queries it takes one at a time. It keeps `tensors` tiles of queries.
+        """
+        for part in [tile] if tile["BLOCK"] == 1 else [tile, self.tile(16, 1)]:
+            kept = tensors * part["BLOCK"] * part["LINES"] * self.sizes["D_"] * self.element
+            sizes = {"QUERIES": tile["BLOCK"]} | part | self.streaming(part, self.chunk_bytes, kept)
+            if part is not tile:  # a warp for 16 rows of 64 halves: many programs hide the way to the chunks
+                widest = max(self.sizes["D_"], self.sizes["S_"])
+                sizes["num_warps"] = min(max(1, part["LINES"] * widest * self.element // 2048), 8)
+            yield sizes
+
 
 def _rows(plan: _Plan) -> int:
     """Rows of a tile: what fills the tensor cores; fewer in fp32, which has no use for them."""
@@ -487,15 +536,14 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
     if splits > 1:
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
-    rows_bytes = tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
     with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
-        _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
-            q, k, v, weights, indices, union, counts, parts, part_lse,
-            *_strides(k, v), plan.batch, plan.length, blocks, scale,
-            TOPK_=next_power_of_2(plan.topk), SPLITS=splits, JOINT=joint, **plan.sizes, **tile,
-            **plan.streaming(tile, plan.chunk_bytes, rows_bytes),
-        )  # fmt: skip
+        for sizes in plan.launches(tile, tensors=1):
+            _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
+                q, k, v, weights, indices, union, counts, parts, part_lse,
+                *_strides(k, v), plan.batch, plan.length, blocks, scale,
+                TOPK_=next_power_of_2(plan.topk), SPLITS=splits, JOINT=joint, **plan.sizes, **sizes,
+            )  # fmt: skip
         if splits > 1:
             rows = out.numel() // out.shape[-1]
             _combine_kernel[(rows,)](
@@ -514,17 +562,16 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
     plan = _Plan(q, k, indices, chunk_size)
     tile = plan.tile(_rows(plan), _most_queries(plan.topk, plan.length))
     blocks = cdiv(plan.length, tile["BLOCK"])
-    rows_bytes = 2 * tile["BLOCK"] * tile["LINES"] * plan.sizes["D_"] * plan.element
     d_q = torch.empty_like(q)
     delta = torch.empty_like(lse)
     with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
-        _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
-            q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
-            *_strides(k, v), plan.length, blocks, scale,
-            TOPK_=next_power_of_2(plan.topk), JOINT=joint, **plan.sizes, **tile,
-            **plan.streaming(tile, plan.chunk_bytes, rows_bytes),
-        )  # fmt: skip
+        for sizes in plan.launches(tile, tensors=2):
+            _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
+                q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
+                *_strides(k, v), plan.length, blocks, scale,
+                TOPK_=next_power_of_2(plan.topk), JOINT=joint, **plan.sizes, **sizes,
+            )  # fmt: skip
         del union, counts
         gradients = _chunk_gradients(plan, q, k, v, weights, indices, lse, delta, d_out, scale, joint)
     d_k, d_v, d_weights = gradients

@@ -127,6 +127,13 @@ SMALL = [
     Case(batch=1, length=20, chunk_size=48, num_chunks=3, head_dim=24, shared=0.9),
     Case(batch=1, dtype=torch.float16, heads=8, kv_heads=1),
 ]
+# Blocks that share few chunks, and others.
+SCATTERED = Case(batch=2, length=13, num_chunks=40, heads=16, kv_heads=1, shared=0.5)
+SMALL += [
+    SCATTERED,
+    Case(batch=1, length=37, num_chunks=120, heads=8, topk=4),
+    SCATTERED._replace(dtype=torch.float16),
+]
 weights_and_joint = pytest.mark.parametrize("kind", ["softmax", "joint"])
 
 
@@ -152,17 +159,44 @@ def test_a_chunk_that_every_query_retrieves_is_summed_in_segments(kind, monkeypa
     assert segments[0].num_segments.max() > 2
 
 
-@weights_and_joint
-def test_every_element_is_written(kind, path, monkeypatch):
+@pytest.fixture
+def poison(monkeypatch):
     """New tensors are full of NaN, so an element that a kernel forgot would show."""
     empty, empty_like = torch.empty, torch.empty_like
 
-    def poison(x):
+    def fill(x):
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(1 << 30))
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+@weights_and_joint
+@pytest.mark.usefixtures("poison")
+def test_every_element_is_written(kind, path):
     assert_as_good_as_pytorch(Case(batch=2, length=5, num_chunks=6, heads=6, kv_heads=2), kind)
+
+
+@pytest.mark.usefixtures("poison")
+def test_a_query_is_computed_in_its_block_or_if_that_shares_few_chunks_alone(monkeypatch):
+    inputs = make_inputs(SCATTERED, "softmax")
+    launches = triton_attention._Plan.launches
+    together = run(SCATTERED, inputs, "triton")
+    written = []
+    for kept in (0, 1):
+        monkeypatch.setattr(
+            triton_attention._Plan,
+            "launches",
+            lambda self, *a, **k: [list(launches(self, *a, **k))[kept]],  # noqa: B023
+        )
+        part = run(SCATTERED, inputs, "triton")
+        for name in ("output", "gradient of q"):
+            there = part[name].isfinite()
+            assert torch.equal(part[name][there], together[name][there])
+            written.append(there.all(-1).all(-1))
+    in_blocks, in_blocks_too, alone, alone_too = written
+    assert in_blocks.any() and not in_blocks.all()
+    assert torch.equal(alone, ~in_blocks) and torch.equal(alone_too, alone) and torch.equal(in_blocks_too, in_blocks)
 
 
 @weights_and_joint
@@ -238,6 +272,12 @@ LARGE = [
     Case(length=300, heads=128, kv_heads=1, chunk_size=64, head_dim=64),
     Case(length=300, heads=8, kv_heads=2, retrieval_heads=8, chunk_size=64, head_dim=64),
     Case(length=300, chunk_size=64, head_dim=64, dtype=torch.float16),
+    # Neighbours share few chunks.
+    *(
+        Case(length=500, num_chunks=c, heads=h, kv_heads=kv, topk=8, chunk_size=64, head_dim=d, shared=0.3)
+        for c, h, kv, d in ((200, 16, 1, 64), (200, 32, 2, 128), (60, 16, 1, 256), (200, 32, 1, 64), (900, 8, 2, 32))
+    ),
+    Case(length=300, num_chunks=60, heads=16, kv_heads=1, topk=8, chunk_size=128, head_dim=128),
 ]
 
 
