@@ -107,6 +107,7 @@ def path(request, monkeypatch):
 
 
 only_split = pytest.mark.parametrize("path", ["split"], indirect=True)
+only_union = pytest.mark.parametrize("path", ["union"], indirect=True)
 
 
 @all_kinds
@@ -126,13 +127,6 @@ SMALL = [
     *(Case(batch=1, num_chunks=c, topk=k) for c, k in ((1, 3), (2, 4), (7, 5), (20, 20), (5, 1))),
     Case(batch=1, length=20, chunk_size=48, num_chunks=3, head_dim=24, shared=0.9),
     Case(batch=1, dtype=torch.float16, heads=8, kv_heads=1),
-]
-# Blocks that share few chunks, and others.
-SCATTERED = Case(batch=2, length=13, num_chunks=40, heads=16, kv_heads=1, shared=0.5)
-SMALL += [
-    SCATTERED,
-    Case(batch=1, length=37, num_chunks=120, heads=8, topk=4),
-    SCATTERED._replace(dtype=torch.float16),
 ]
 weights_and_joint = pytest.mark.parametrize("kind", ["softmax", "joint"])
 
@@ -177,8 +171,27 @@ def test_every_element_is_written(kind, path):
     assert_as_good_as_pytorch(Case(batch=2, length=5, num_chunks=6, heads=6, kv_heads=2), kind)
 
 
+# Blocks of queries that share few chunks, and others.
+SCATTERED = Case(batch=2, length=13, num_chunks=40, heads=16, kv_heads=1, shared=0.5)
+
+
+@only_union
+@weights_and_joint
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(SCATTERED._replace(dtype=dtype) for dtype in (torch.float32, torch.float16)),
+        Case(batch=1, length=37, num_chunks=120, heads=8, topk=4),
+    ],
+    ids=str,
+)
+def test_agrees_with_the_oracle_where_neighbours_share_few_chunks(case, kind, path):
+    assert_as_good_as_pytorch(case, kind)
+
+
+@only_union
 @pytest.mark.usefixtures("poison")
-def test_a_query_is_computed_in_its_block_or_if_that_shares_few_chunks_alone(monkeypatch):
+def test_a_query_is_computed_in_its_block_or_if_that_shares_few_chunks_alone(path, monkeypatch):
     inputs = make_inputs(SCATTERED, "softmax")
     launches = triton_attention._Plan.launches
     together = run(SCATTERED, inputs, "triton")
@@ -274,10 +287,16 @@ LARGE = [
     Case(length=300, chunk_size=64, head_dim=64, dtype=torch.float16),
     # Neighbours share few chunks.
     *(
-        Case(length=500, num_chunks=c, heads=h, kv_heads=kv, topk=8, chunk_size=64, head_dim=d, shared=0.3)
-        for c, h, kv, d in ((200, 16, 1, 64), (200, 32, 2, 128), (60, 16, 1, 256), (200, 32, 1, 64), (900, 8, 2, 32))
+        Case(1, 160, c, heads=h, kv_heads=kv, topk=k, chunk_size=s, head_dim=d, shared=0.3)
+        for c, h, kv, k, s, d in (
+            (200, 16, 1, 8, 64, 64),
+            (200, 32, 2, 8, 32, 128),
+            (60, 16, 1, 4, 64, 256),
+            (200, 32, 1, 4, 64, 64),
+            (60, 16, 1, 4, 128, 128),
+            (900, 8, 2, 8, 16, 32),
+        )
     ),
-    Case(length=300, num_chunks=60, heads=16, kv_heads=1, topk=8, chunk_size=128, head_dim=128),
 ]
 
 
