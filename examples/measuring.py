@@ -132,7 +132,7 @@ def forward_backward(
 ) -> dict[str, float | None]:
     """
     Times of `function(*inputs)`, of its backward and of both, in ms, and extra peak memory of the first and the last;
-    with `graph`, of both also as a CUDA graph, where launching from Python takes no time.
+    with `graph`, of the first and of both also as a CUDA graph, where launching from Python takes no time.
     """
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     wanted = [x for x in inputs if x.requires_grad]
@@ -148,7 +148,7 @@ def forward_backward(
     grad = torch.randn_like(forward())
     times = {"forward_ms": median_ms(forward), "both_ms": median_ms(both)}
     if graph:
-        times["graph_both_ms"] = replay_ms(both)
+        times |= {"graph_forward_ms": replay_ms(forward), "graph_both_ms": replay_ms(both)}
     times["backward_ms"] = _backward_ms(function(*inputs), wanted, grad)
     if memory:
         times |= {"forward_extra_mib": extra_memory(forward), "both_extra_mib": extra_memory(both)}
