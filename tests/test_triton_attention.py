@@ -212,6 +212,16 @@ def test_a_query_is_computed_in_its_block_or_if_that_shares_few_chunks_alone(pat
     assert torch.equal(alone, ~in_blocks) and torch.equal(alone_too, alone) and torch.equal(in_blocks_too, in_blocks)
 
 
+@only_union
+def test_where_queries_must_share_chunks_there_is_one_launch(path):
+    for num_chunks, launches in ((4, 1), (5, 2)):  # of 2 queries with 3 chunks each more than 0.7 must differ
+        inputs = make_inputs(SCATTERED._replace(num_chunks=num_chunks), "softmax")
+        plan = triton_attention._Plan(inputs["q"], inputs["k"], inputs["indices"], SCATTERED.chunk_size)
+        tile = {"BLOCK": 2, "LINES": 16}
+        assert len(list(plan.launches(tile, tensors=1))) == launches
+        assert_as_good_as_pytorch(SCATTERED._replace(num_chunks=num_chunks), "softmax")
+
+
 @weights_and_joint
 def test_keys_and_values_may_be_a_part_of_a_larger_cache(kind, path):
     case = Case(batch=2, length=5)

@@ -8,8 +8,9 @@ Query heads that share both their chunks and their keys and values form a group 
 Forward and the gradient of q: neighbouring queries retrieve mostly the same chunks, so a program takes a block of
 queries of one group, as many as fill the tensor cores, and walks the union of their chunks. A chunk is read once for
 the block; rows that did not retrieve it give it the weight 0. Blocks whose queries share too few chunks for that are
-left to a second launch, which takes their queries one at a time. The softmax of a chunk is complete when the chunk is
-read, so nothing has to be rescaled later (but for `joint`, which is one softmax, kept online).
+left to a second launch, which takes their queries one at a time (the results differ by rounding at most). The softmax
+of a chunk is complete when the chunk is read, so nothing has to be rescaled later (but for `joint`, which is one
+softmax, kept online).
 
 Gradients of k and v: a program takes the (query, slot) pairs that retrieved one chunk from the inverted index, in
 tiles of as many rows, and sums over them: time is linear in the pairs. This gives the gradients of the weights, too.
@@ -26,6 +27,8 @@ from .triton_utils import cdiv, device_limits, next_power_of_2, on_device, tl, t
 
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+# A block whose union has more than this part of the chunks of its queries is computed one query at a time.
+_SCATTERED = tl.constexpr(0.7)
 
 
 # -- the union of the chunks of a block of queries --------------------------------------------------------------------
@@ -86,8 +89,8 @@ def _place(
     count, mine, tiles = TOPK, True, 1
     if QUERIES > 1:
         count = tl.load(counts + (row * RETRIEVAL_HEADS + group * RETRIEVAL_HEADS // GROUPS) * blocks + block)
-        few_shared = count * 10 > 7 * QUERIES * TOPK
-        mine = few_shared if BLOCK < QUERIES else not few_shared
+        scattered = count > _SCATTERED * (QUERIES * TOPK)
+        mine = scattered if BLOCK < QUERIES else not scattered
         if BLOCK < QUERIES:
             tiles = tl.minimum(QUERIES, length - block * QUERIES)
     return row, group, block * QUERIES, count, mine, tiles
@@ -434,6 +437,7 @@ class _Plan:
         groups = max(retrieval_heads, kv_heads)
         self.multiprocessors, self.shared_memory = device_limits(q.device)
         self.element = q.element_size()
+        self.num_chunks = k.shape[1] // chunk_size
         self.group = num_heads // groups
         self.lines = next_power_of_2(self.group)
         self.sizes = {
@@ -474,9 +478,11 @@ class _Plan:
     def launches(self, tile: dict[str, int], tensors: int) -> Iterator[dict[str, int]]:
         """
         Sizes for a kernel that walks the chunks of blocks of queries, a program a block: for the blocks whose queries
-        share chunks, and for the others, whose queries it takes one at a time. It keeps `tensors` tiles of queries.
+        share chunks, and for the others, if there can be any, whose queries it takes one at a time. It keeps `tensors`
+        tiles of queries.
         """
-        for part in [tile] if tile["BLOCK"] == 1 else [tile, self.tile(16, 1)]:
+        scattered = tile["BLOCK"] > 1 and self.num_chunks > _SCATTERED.value * (tile["BLOCK"] * self.topk)
+        for part in [tile, self.tile(16, 1)] if scattered else [tile]:
             kept = tensors * part["BLOCK"] * part["LINES"] * self.sizes["D_"] * self.element
             sizes = {"QUERIES": tile["BLOCK"]} | part | self.streaming(part, self.chunk_bytes, kept)
             if part is not tile:  # a warp for 16 rows of 64 halves: many programs hide the way to the chunks
