@@ -171,7 +171,7 @@ def first_call_ms(function, inputs: list[torch.Tensor]) -> float:
 def measure_attention(name: str, inputs: list[torch.Tensor]) -> dict:
     function = IMPLEMENTATIONS[name]
     row = {"compile_ms": first_call_ms(function, inputs)}
-    row |= forward_backward(function, inputs, graph=name in ("triton", "sdpa", "flash"))
+    row |= forward_backward(function, inputs, graph=name != "torch")
     if row["both_extra_mib"] is not None:
         for what in ("forward", "both"):
             row[f"{what}_extra_of_inputs"] = row[f"{what}_extra_mib"] * 2**20 / tensor_bytes(inputs)
@@ -212,7 +212,7 @@ def measure_kernels(arguments, limits):
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
     for shape in TOY_SHAPES if arguments.toy else SHAPES:
         batch, length, heads, kv_heads, dim, topk = shape
-        if arguments.lengths and length not in arguments.lengths:
+        if arguments.lengths and length not in arguments.lengths or arguments.dims and dim not in arguments.dims:
             continue
         q, k, v = (randn(batch, length, h, dim) for h in (heads, kv_heads, kv_heads))
         for pattern in arguments.patterns:
@@ -378,6 +378,7 @@ def plot(results: dict, folder) -> None:
 
 def add_arguments(parser) -> None:
     parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="of `kernels`")
+    parser.add_argument("--dims", type=int, nargs="+", help="of `kernels`: only these")
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of `kernels`")
 
 

@@ -101,8 +101,8 @@ def assert_as_good_as_pytorch(case: Case, kind: str) -> None:
 def path(request, monkeypatch):
     """Blocks of queries that share their chunks, or one query a program, its chunks split over several."""
     multiprocessors = {"union": 1, "split": 1 << 20}[request.param]
-    _, shared_memory = triton_attention.device_limits(torch.device(DEVICE))
-    monkeypatch.setattr(triton_attention, "device_limits", lambda device: (multiprocessors, shared_memory))
+    _, *others = triton_attention.device_limits(torch.device(DEVICE))
+    monkeypatch.setattr(triton_attention, "device_limits", lambda device: (multiprocessors, *others))
     return request.param
 
 
@@ -145,12 +145,16 @@ def test_agrees_with_the_oracle_where_the_chunks_of_a_query_are_split(case, kind
 
 
 @weights_and_joint
-def test_a_chunk_that_every_query_retrieves_is_summed_in_segments(kind, monkeypatch):
+@pytest.mark.parametrize(("num_chunks", "shared", "most"), [(2, 0.5, 16), (150, 0.95, 4)])
+def test_a_chunk_that_many_queries_retrieve_is_summed_in_segments(num_chunks, shared, most, kind, monkeypatch):
     segments = []
     invert = triton_attention.invert
-    monkeypatch.setattr(triton_attention, "invert", lambda *a: segments.append(invert(*a[:3], 16)) or segments[-1])
-    assert_as_good_as_pytorch(Case(batch=1, length=70, num_chunks=2, topk=2, heads=2, shared=0.5), kind)
+    monkeypatch.setattr(triton_attention, "invert", lambda *a: segments.append(invert(*a[:3], most)) or segments[-1])
+    case = Case(batch=1, length=70, num_chunks=num_chunks, topk=2, heads=2, shared=shared)
+    assert_as_good_as_pytorch(case, kind)
     assert segments[0].num_segments.max() > 2
+    # There are two ways to place the partial sums, for few chunks and for many.
+    assert (segments[0].num_slots == len(segments[0].chunk)) == (num_chunks == 2)
 
 
 @pytest.fixture
@@ -159,7 +163,7 @@ def poison(monkeypatch):
     empty, empty_like = torch.empty, torch.empty_like
 
     def fill(x):
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(1 << 30))
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(torch.iinfo(x.dtype).min // 2)
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))

@@ -94,7 +94,7 @@ def _poisoned_memory(monkeypatch):
 @pytest.fixture
 def many_splits(monkeypatch):
     """As many programs per query as possible, and merges in several steps, also for small inputs."""
-    monkeypatch.setattr(triton_selection, "device_limits", lambda device: (10000, 1 << 17))
+    monkeypatch.setattr(triton_selection, "device_limits", lambda device: (10000, 1 << 17, False))
     monkeypatch.setattr(triton_selection, "_MERGED", 512)
 
 
