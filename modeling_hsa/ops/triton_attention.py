@@ -404,26 +404,26 @@ def _add_segments_kernel(
     d_k, d_v, partial_k, partial_v, first_slot, num_segments, num_chunks,
     SHARE: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (chunks of the index, SHARE). Adds up the segments of a chunk that has several."""
+    """Grid: (chunks of the index, SHARE, 2). Adds up the segments of a chunk that has several, for k or for v."""
     chunk_id, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.load(num_segments + chunk_id)
     if count == 1:
         return
+    if tl.program_id(2) == 0:
+        partial, gradient = partial_k, d_k
+    else:
+        partial, gradient = partial_v, d_v
     slot = tl.load(first_slot + chunk_id).to(tl.int64)
     column, position = tl.arange(0, D_), tl.arange(0, S_)
-    in_chunk = (position < S)[:, None] & (column < D)[None, :]
-    sum_k = tl.zeros([S_, D_], dtype=tl.float32)
-    sum_v = tl.zeros([S_, D_], dtype=tl.float32)
+    total = tl.zeros([S_, D_], dtype=tl.float32)
     for i in range(count):
-        first = ((slot + i) * SHARE + share) * (S * D)
-        sum_k += _load_tile(partial_k + first, D, position, column, S, D)
-        sum_v += _load_tile(partial_v + first, D, position, column, S, D)
+        total += _load_tile(partial + ((slot + i) * SHARE + share) * (S * D), D, position, column, S, D)
     kv_heads = HEADS * SHARE
     head = (chunk_id // num_chunks) % HEADS * SHARE + share
     token = (chunk_id // (num_chunks * HEADS) * num_chunks + chunk_id % num_chunks) * S + position
     elements = (token[:, None] * kv_heads + head) * D + column[None, :]
-    tl.store(d_k + elements, sum_k.to(d_k.dtype.element_ty), mask=in_chunk)
-    tl.store(d_v + elements, sum_v.to(d_v.dtype.element_ty), mask=in_chunk)
+    in_chunk = (position < S)[:, None] & (column < D)[None, :]
+    tl.store(gradient + elements, total.to(gradient.dtype.element_ty), mask=in_chunk)
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
@@ -605,9 +605,11 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
     heads = min(sizes["RETRIEVAL_HEADS"], sizes["KV_HEADS"])
     share = sizes["GROUPS"] // sizes["RETRIEVAL_HEADS"]
     num_chunks = k.shape[1] // sizes["S"]
-    # Some segments per multiprocessor, so that none of them is idle for long, of 32 to 256 tiles each.
-    segment = next_power_of_2(cdiv(indices.numel() * share, 16 * plan.multiprocessors))
-    segment = min(max(segment, 2048 // plan.lines), max(16384 // plan.lines, 1))
+    # Segments of 32 to 256 tiles: some per multiprocessor, so that none of them is idle for long; and as many of a row
+    # as run side by side, so that of short rows, the queries and their gradients are read from the L2 cache.
+    pairs, rows = indices.numel() * share, plan.batch * heads
+    segment = min(cdiv(pairs, 8 * plan.multiprocessors), cdiv(pairs, 2 * plan.multiprocessors * rows))
+    segment = min(max(next_power_of_2(segment), 2048 // plan.lines), max(16384 // plan.lines, 1))
     index = invert(indices, num_chunks, heads, segment)
 
     tile = plan.tile(_rows(plan))
@@ -625,7 +627,7 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
         **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2, programs=3),
     )  # fmt: skip
     if index.num_slots:
-        _add_segments_kernel[(len(index.num_segments), share)](
+        _add_segments_kernel[(len(index.num_segments), share, 2)](
             d_k, d_v, partial_k, partial_v, index.first_slot, index.num_segments, num_chunks,
             HEADS=heads, SHARE=share, S=sizes["S"], S_=sizes["S_"], D=sizes["D"], D_=sizes["D_"],
         )  # fmt: skip
