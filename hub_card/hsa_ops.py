@@ -185,14 +185,14 @@ def chunk_attention(
         indices: [B, L, Hr, K] integer, each in [-1, C), no chunk twice for a query; -1: none. Hr divides Hq, and
             one of Hr and Hkv the other. Not range-checked, as that would stall the device.
         chunk_size: S.
-        scale: defaults to `D ** -0.5`.
+        scale: more than 0, defaults to `D ** -0.5`.
         implementation: see the module.
 
     Returns:
         [B, L, Hq, D] in the dtype of `q`; exactly 0 for a token without chunks. Differentiable in q, k, v and weights.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit. NotImplementedError: no such backend.
+        ValueError: for shapes, dtypes or devices that do not fit, or a scale. NotImplementedError: no such backend.
     """
     if q.dim() != 4:
         raise ValueError(f"`q` must have the shape [B, L, Hq, D], got {list(q.shape)}.")
@@ -212,10 +212,12 @@ def chunk_attention(
             f"The {heads} heads of `q` must be a multiple of the {kv_heads} of `k` and of the {retrieval_heads} of "
             "`indices`, and one of these two a multiple of the other."
         )
+    scale = dim**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"`scale` must be more than 0, got {scale}. None is `D ** -0.5`.")
     backend = pick_backend(implementation, q, head_dim=dim, chunk_size=chunk_size, topk=indices.shape[3])
     if k.shape[1] == 0 or length == 0:
         return _zeros_connected_to(q, k, v, *(() if weights is None else (weights,)))
-    scale = dim**-0.5 if scale is None else scale
     if backend == "naive":
         function = without_autocast(_naive_chunk_attention)
         return function(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)

@@ -54,12 +54,13 @@ def _chunk_of_pair_kernel(
 @triton.jit
 def _segments_kernel(
     starts, chunks, segment_start, segment_end, segment_slot, first_slot, num_segments, total, ids,
-    SEGMENT: tl.constexpr,
+    SEGMENT: tl.constexpr, SLOT_PER_ID: tl.constexpr,
 ):  # fmt: skip
     """
     Grid: (chunks + 1). Writes the segments of a chunk whose pairs are `starts[chunk]` to `starts[chunk + 1]`. Where
     they go follows from its number and its start alone, leaving some ids and slots unused: chunk c has the ids from
-    `c + start // SEGMENT` on, and the slots from `2 * start // SEGMENT` on. The last program voids the ids left over.
+    `c + start // SEGMENT` on, and the slots of the same numbers, or (fewer, if there are many chunks for few pairs)
+    from `2 * start // SEGMENT` on. The last program voids the ids left over.
     """
     chunk = tl.program_id(0).to(tl.int64)
     start = tl.load(starts + chunk).to(tl.int64)
@@ -67,7 +68,7 @@ def _segments_kernel(
     first_id = chunk + start // SEGMENT
     end_id = tl.where(chunk < total, chunk + 1 + end // SEGMENT, ids)
     count = tl.maximum((end - start + SEGMENT - 1) // SEGMENT, 1)
-    slot = 2 * start // SEGMENT
+    slot = first_id if SLOT_PER_ID else 2 * start // SEGMENT
     if chunk < total:
         tl.store(first_slot + chunk, slot)
         tl.store(num_segments + chunk, count)
@@ -94,21 +95,25 @@ def invert(indices: torch.Tensor, num_chunks: int, heads: int, segment: int) -> 
     device, num_pairs = indices.device, indices.numel()
     total = batch * heads * num_chunks
     dtype = torch.int32 if max(total, num_pairs) < 2**30 else torch.int64
-    empty = lambda n: torch.empty(n, dtype=dtype, device=device)  # noqa: E731
+    sorted_by = torch.int16 if total < 2**15 else dtype  # sorting takes as long as its numbers are wide
+    empty = lambda n, dtype=dtype: torch.empty(n, dtype=dtype, device=device)  # noqa: E731
 
     with on_device(indices):
-        chunk = empty(num_pairs)
+        chunk = empty(num_pairs, sorted_by)
         _chunk_of_pair_kernel[(cdiv(num_pairs, 1024),)](
             indices, chunk, num_pairs, length, num_chunks, total,
             RETRIEVAL_HEADS=retrieval_heads, HEADS=heads, TOPK=topk, BLOCK=1024,
         )  # fmt: skip
         chunk, pairs = chunk.sort(stable=True)
-        every_chunk = torch.arange(total + 1, dtype=dtype, device=device)
+        every_chunk = torch.arange(total + 1, dtype=sorted_by, device=device)
         starts = torch.searchsorted(chunk, every_chunk, out_int32=dtype == torch.int32)
         ids = total + num_pairs // segment
+        slots = 2 * num_pairs // segment + 1
         index = InvertedIndex(
             pairs.to(dtype), *(empty(ids) for _ in range(4)), *(empty(total) for _ in range(2)),
-            0 if num_pairs <= segment else 2 * num_pairs // segment + 1,
+            0 if num_pairs <= segment else min(slots, ids),
         )  # fmt: skip
-        _segments_kernel[(total + 1,)](starts, *index[1:-1], total, ids, SEGMENT=segment, num_warps=1)
+        _segments_kernel[(total + 1,)](
+            starts, *index[1:-1], total, ids, SEGMENT=segment, SLOT_PER_ID=ids < slots, num_warps=1
+        )
     return index

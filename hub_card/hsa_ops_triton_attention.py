@@ -143,18 +143,20 @@ def _per_line(x, BLOCK: tl.constexpr, LINES: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, keys, scale, position, S: tl.constexpr, S_: tl.constexpr, PRECISION: tl.constexpr):
-    """Scaled scores to the base 2, [rows, S_]; -inf beyond S."""
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (scale * _LOG2E)
+def _scores(q, keys, position, S: tl.constexpr, S_: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores before scaling, [rows, S_]; -inf beyond S."""
+    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
     if S != S_:
         scores = tl.where((position < S)[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def _softmax(scores):
-    probs = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    return probs / tl.sum(probs, 1)[:, None]
+def _exponentials(scores, scale):
+    """The softmax of `scale * scores` but for its division: exponentials [rows, S_], and 1 / their sum [rows]."""
+    scale *= _LOG2E
+    exponentials = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
+    return exponentials, 1.0 / tl.sum(exponentials, 1)
 
 
 # -- forward ----------------------------------------------------------------------------------------------------------
@@ -206,22 +208,22 @@ def _forward_kernel(
             rows = tl.where(chunk >= 0, S, 0)
             keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
             values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
-            scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+            scores = _scores(q_tile, keys, position, S, S_, PRECISION)
             has = (chunks == chunk) & (chunks >= 0)
             if JOINT:
                 has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
                 scores = tl.where(has_line[:, None], scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, 1))
+                new_top = tl.maximum(top, tl.max(scores, 1) * (scale * _LOG2E))
                 finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-                probs = tl.exp2(scores - finite_top[:, None])
+                probs = tl.exp2(scores * (scale * _LOG2E) - finite_top[:, None])
                 shrink = tl.exp2(top - finite_top)
                 acc = acc * shrink[:, None]
                 mass = mass * shrink + tl.sum(probs, 1)
                 top = new_top
             else:
                 weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
-                probs = tl.exp2(scores - tl.max(scores, 1)[:, None])
-                probs = probs * (weight / tl.sum(probs, 1))[:, None]
+                probs, inverse = _exponentials(scores, scale)
+                probs *= (weight * inverse)[:, None]
             acc = tl.dot(probs.to(values.dtype), values, acc, input_precision=PRECISION)
 
         if SPLITS > 1:
@@ -302,18 +304,18 @@ def _query_gradient_kernel(
             rows = tl.where(chunk >= 0, S, 0)
             keys = _load_tile(k + first_row * stride_kt, stride_kt, position, column, rows, D)
             values = _load_tile(v + first_row * stride_vt, stride_vt, position, column, rows, D)
-            scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+            scores = _scores(q_tile, keys, position, S, S_, PRECISION)
             d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
             has = (chunks == chunk) & (chunks >= 0)
             if JOINT:
                 has_line = _per_line(tl.max(has.to(tl.int32), 1), BLOCK, LINES) > 0
-                probs = tl.exp2(tl.where(has_line[:, None], scores - line_lse[:, None], float("-inf")))
-                d_scores = probs * (d_probs - line_delta[:, None])
+                scores = tl.where(has_line[:, None], scores * (scale * _LOG2E) - line_lse[:, None], float("-inf"))
+                d_scores = tl.exp2(scores) * (d_probs - line_delta[:, None])
             else:
                 weight = _per_line(tl.sum(tl.where(has, chunk_weights, 0.0), 1), BLOCK, LINES)
-                probs = _softmax(scores)
-                chunk_delta = tl.sum(probs * d_probs, 1)
-                d_scores = probs * (d_probs - chunk_delta[:, None]) * weight[:, None]
+                probs, inverse = _exponentials(scores, scale)
+                chunk_delta = tl.sum(probs * d_probs, 1) * inverse
+                d_scores = probs * (weight * inverse)[:, None] * (d_probs - chunk_delta[:, None])
             acc = tl.dot(d_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)
         tl.store(d_q + elements, (acc * scale).to(d_q.dtype.element_ty), mask=inside)
 
@@ -365,19 +367,19 @@ def _chunk_gradient_kernel(
         inside = seen[:, None] & (column < D)[None, :]
         q_tile = tl.load(q + elements, mask=inside, other=0.0)
         d_out_tile = tl.load(d_out + elements, mask=inside, other=0.0)
-        scores = _scores(q_tile, keys, scale, position, S, S_, PRECISION)
+        scores = _scores(q_tile, keys, position, S, S_, PRECISION)
         d_probs = tl.dot(d_out_tile, tl.trans(values), input_precision=PRECISION)
         if JOINT:
             line_lse = tl.load(lse + offset, mask=seen, other=float("inf"))
             line_delta = tl.load(delta + offset, mask=seen, other=0.0)
-            probs = tl.exp2(scores - line_lse[:, None])
+            probs = tl.exp2(scores * (scale * _LOG2E) - line_lse[:, None])
             d_scores = probs * (d_probs - line_delta[:, None])
         else:
-            probs = _softmax(scores)
-            chunk_delta = tl.sum(probs * d_probs, 1)
             weight = tl.load(weights + pair, mask=seen, other=0.0).to(tl.float32)
-            d_scores = probs * (d_probs - chunk_delta[:, None]) * weight[:, None]
-            probs = probs * weight[:, None]
+            probs, inverse = _exponentials(scores, scale)
+            chunk_delta = tl.sum(probs * d_probs, 1) * inverse
+            probs *= (weight * inverse)[:, None]
+            d_scores = probs * (d_probs - chunk_delta[:, None])
             target = tl.load(pairs + i + query, mask=i + query < end, other=0).to(tl.int64) * SHARE + share
             d_weight = tl.sum(tl.reshape(chunk_delta, [BLOCK, LINES]), 1)
             tl.store(d_weights + target, d_weight, mask=i + query < end)
@@ -402,26 +404,26 @@ def _add_segments_kernel(
     d_k, d_v, partial_k, partial_v, first_slot, num_segments, num_chunks,
     SHARE: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr, S_: tl.constexpr, D: tl.constexpr, D_: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (chunks of the index, SHARE). Adds up the segments of a chunk that has several."""
+    """Grid: (chunks of the index, SHARE, 2). Adds up the segments of a chunk that has several, for k or for v."""
     chunk_id, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.load(num_segments + chunk_id)
     if count == 1:
         return
+    if tl.program_id(2) == 0:
+        partial, gradient = partial_k, d_k
+    else:
+        partial, gradient = partial_v, d_v
     slot = tl.load(first_slot + chunk_id).to(tl.int64)
     column, position = tl.arange(0, D_), tl.arange(0, S_)
-    in_chunk = (position < S)[:, None] & (column < D)[None, :]
-    sum_k = tl.zeros([S_, D_], dtype=tl.float32)
-    sum_v = tl.zeros([S_, D_], dtype=tl.float32)
+    total = tl.zeros([S_, D_], dtype=tl.float32)
     for i in range(count):
-        first = ((slot + i) * SHARE + share) * (S * D)
-        sum_k += _load_tile(partial_k + first, D, position, column, S, D)
-        sum_v += _load_tile(partial_v + first, D, position, column, S, D)
+        total += _load_tile(partial + ((slot + i) * SHARE + share) * (S * D), D, position, column, S, D)
     kv_heads = HEADS * SHARE
     head = (chunk_id // num_chunks) % HEADS * SHARE + share
     token = (chunk_id // (num_chunks * HEADS) * num_chunks + chunk_id % num_chunks) * S + position
     elements = (token[:, None] * kv_heads + head) * D + column[None, :]
-    tl.store(d_k + elements, sum_k.to(d_k.dtype.element_ty), mask=in_chunk)
-    tl.store(d_v + elements, sum_v.to(d_v.dtype.element_ty), mask=in_chunk)
+    in_chunk = (position < S)[:, None] & (column < D)[None, :]
+    tl.store(gradient + elements, total.to(gradient.dtype.element_ty), mask=in_chunk)
 
 
 # -- launches ---------------------------------------------------------------------------------------------------------
@@ -435,7 +437,7 @@ class _Plan:
         retrieval_heads, topk = indices.shape[2:]
         kv_heads = k.shape[2]
         groups = max(retrieval_heads, kv_heads)
-        self.multiprocessors, self.shared_memory = device_limits(q.device)
+        self.multiprocessors, self.shared_memory, self.hopper = device_limits(q.device)
         self.element = q.element_size()
         self.num_chunks = k.shape[1] // chunk_size
         self.group = num_heads // groups
@@ -468,23 +470,33 @@ class _Plan:
         block = min(max(1, rows // self.lines), most)
         return {"BLOCK": block, "LINES": max(self.lines, 16 // block)}
 
-    def streaming(self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int, most: int = 3) -> dict[str, int]:
-        """How many stages of `stage_bytes` fit beside `fixed_bytes` of shared memory, and how many warps."""
+    def streaming(
+        self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int, most: int = 3, programs: int | None = None
+    ) -> dict[str, int]:
+        """
+        How many stages of `stage_bytes` fit beside `fixed_bytes` of shared memory, how many warps, and, with
+        `programs`, the most registers of a thread, for so many programs to run side by side on a multiprocessor: on
+        Hopper, with 64 halves to a row, one more at the price of a few registers in memory is a gain.
+        """
         rows = tile["BLOCK"] * tile["LINES"]
         scores = 2 * rows * self.sizes["S_"] * self.element
         stages = max(1, min(most, (self.shared_memory - fixed_bytes - scores) // stage_bytes))
-        return {"STAGES": stages, "num_warps": 8 if rows * self.sizes["D_"] > 64 * 128 else 4}
+        sizes = {"STAGES": stages, "num_warps": 8 if rows * self.sizes["D_"] > 64 * 128 else 4}
+        if programs and self.hopper and self.element == 2 and max(self.sizes["D_"], self.sizes["S_"]) <= 64:
+            sizes["maxnreg"] = 65536 // (programs * 32 * sizes["num_warps"]) // 8 * 8
+        return sizes
 
-    def launches(self, tile: dict[str, int], tensors: int) -> Iterator[dict[str, int]]:
+    def launches(self, tile: dict[str, int], tensors: int, programs: int | None = None) -> Iterator[dict[str, int]]:
         """
         Sizes for a kernel that walks the chunks of blocks of queries, a program a block: for the blocks whose queries
-        share chunks, and for the others, if there can be any, whose queries it takes one at a time. It keeps `tensors`
-        tiles of queries.
+        share chunks (`programs`: see `streaming`), and for the others, if there can be any, whose queries it takes one
+        at a time. It keeps `tensors` tiles of queries.
         """
         scattered = tile["BLOCK"] > 1 and self.num_chunks > _SCATTERED.value * (tile["BLOCK"] * self.topk)
         for part in [tile, self.tile(16, 1)] if scattered else [tile]:
             kept = tensors * part["BLOCK"] * part["LINES"] * self.sizes["D_"] * self.element
-            sizes = {"QUERIES": tile["BLOCK"]} | part | self.streaming(part, self.chunk_bytes, kept)
+            limit = programs if part is tile else None
+            sizes = {"QUERIES": tile["BLOCK"]} | part | self.streaming(part, self.chunk_bytes, kept, programs=limit)
             if part is not tile:  # a warp for 16 rows of 64 halves: many programs hide the way to the chunks
                 widest = max(self.sizes["D_"], self.sizes["S_"])
                 sizes["num_warps"] = min(max(1, part["LINES"] * widest * self.element // 2048), 8)
@@ -535,6 +547,7 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
     splits = min(plan.topk, max(1, 2 * plan.multiprocessors // plan.programs)) if few else 1
     tile = plan.tile(16 if few else _rows(plan), 1 if few else _most_queries(plan.topk, plan.length))
     blocks = cdiv(plan.length, tile["BLOCK"])
+    programs = None if joint or few or tile["BLOCK"] * plan.topk > 128 else 5  # there is more to keep, or less to do
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3] if joint else 0, dtype=torch.float32, device=q.device)
@@ -544,7 +557,7 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
         part_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
-        for sizes in plan.launches(tile, tensors=1):
+        for sizes in plan.launches(tile, tensors=1, programs=programs):
             _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
                 q, k, v, weights, indices, union, counts, parts, part_lse,
                 *_strides(k, v), plan.batch, plan.length, blocks, scale,
@@ -572,7 +585,7 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
     delta = torch.empty_like(lse)
     with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
-        for sizes in plan.launches(tile, tensors=2):
+        for sizes in plan.launches(tile, tensors=2, programs=4):
             _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
                 q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
                 *_strides(k, v), plan.length, blocks, scale,
@@ -592,9 +605,11 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
     heads = min(sizes["RETRIEVAL_HEADS"], sizes["KV_HEADS"])
     share = sizes["GROUPS"] // sizes["RETRIEVAL_HEADS"]
     num_chunks = k.shape[1] // sizes["S"]
-    # Some segments per multiprocessor, so that none of them is idle for long, of 64 to 256 tiles each.
-    segment = next_power_of_2(cdiv(indices.numel() * share, 8 * plan.multiprocessors))
-    segment = min(max(segment, 4096 // plan.lines), max(16384 // plan.lines, 1))
+    # Segments of 32 to 256 tiles: some per multiprocessor, so that none of them is idle for long; and as many of a row
+    # as run side by side, so that of short rows, the queries and their gradients are read from the L2 cache.
+    pairs, rows = indices.numel() * share, plan.batch * heads
+    segment = min(cdiv(pairs, 8 * plan.multiprocessors), cdiv(pairs, 2 * plan.multiprocessors * rows))
+    segment = min(max(next_power_of_2(segment), 2048 // plan.lines), max(16384 // plan.lines, 1))
     index = invert(indices, num_chunks, heads, segment)
 
     tile = plan.tile(_rows(plan))
@@ -609,10 +624,10 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
         index.pairs, index.chunk, index.start, index.end, index.slot,
         *_strides(k, v), len(index.num_segments), num_chunks, scale,
         HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile,
-        **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2),
+        **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2, programs=3),
     )  # fmt: skip
     if index.num_slots:
-        _add_segments_kernel[(len(index.num_segments), share)](
+        _add_segments_kernel[(len(index.num_segments), share, 2)](
             d_k, d_v, partial_k, partial_v, index.first_slot, index.num_segments, num_chunks,
             HEADS=heads, SHARE=share, S=sizes["S"], S_=sizes["S_"], D=sizes["D"], D_=sizes["D_"],
         )  # fmt: skip

@@ -35,12 +35,12 @@ def next_power_of_2(n: int) -> int:
 
 
 @functools.cache
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """The number of multiprocessors, and the bytes of shared memory that a program can have."""
+def device_limits(device: torch.device) -> tuple[int, int, bool]:
+    """How many multiprocessors; the bytes of shared memory that a program can have; whether it is a Hopper GPU."""
     if device.type != "cuda":  # in Triton's interpreter, which has one and no limit
-        return 1, 1 << 30
+        return 1, 1 << 30, False
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major == 9
 
 
 __all__ = ["cdiv", "device_limits", "next_power_of_2", "on_device", "tl", "triton"]
