@@ -192,7 +192,7 @@ def chunk_attention(
         [B, L, Hq, D] in the dtype of `q`; exactly 0 for a token without chunks. Differentiable in q, k, v and weights.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, or a scale. NotImplementedError: no such backend.
+        ValueError: for shapes, dtypes, devices or a scale that do not fit. NotImplementedError: no such backend.
     """
     if q.dim() != 4:
         raise ValueError(f"`q` must have the shape [B, L, Hq, D], got {list(q.shape)}.")

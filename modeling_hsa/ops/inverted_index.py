@@ -95,7 +95,7 @@ def invert(indices: torch.Tensor, num_chunks: int, heads: int, segment: int) -> 
     device, num_pairs = indices.device, indices.numel()
     total = batch * heads * num_chunks
     dtype = torch.int32 if max(total, num_pairs) < 2**30 else torch.int64
-    sorted_by = torch.int16 if total < 2**15 else dtype  # sorting takes as long as its numbers are wide
+    sorted_by = torch.int16 if total < 2**15 else dtype  # the narrower the numbers, the faster the sort
     empty = lambda n, dtype=dtype: torch.empty(n, dtype=dtype, device=device)  # noqa: E731
 
     with on_device(indices):

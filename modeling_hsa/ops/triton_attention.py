@@ -153,7 +153,10 @@ def _scores(q, keys, position, S: tl.constexpr, S_: tl.constexpr, PRECISION: tl.
 
 @triton.jit
 def _exponentials(scores, scale):
-    """The softmax of `scale * scores` but for its division: exponentials [rows, S_], and 1 / their sum [rows]."""
+    """
+    The softmax of `scale * scores`, for a scale of more than 0, but for its division: exponentials [rows, S_], and 1 /
+    their sum [rows].
+    """
     scale *= _LOG2E
     exponentials = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
     return exponentials, 1.0 / tl.sum(exponentials, 1)
@@ -471,32 +474,32 @@ class _Plan:
         return {"BLOCK": block, "LINES": max(self.lines, 16 // block)}
 
     def streaming(
-        self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int, most: int = 3, programs: int | None = None
+        self, tile: dict[str, int], stage_bytes: int, fixed_bytes: int, most: int = 3, resident: int | None = None
     ) -> dict[str, int]:
         """
-        How many stages of `stage_bytes` fit beside `fixed_bytes` of shared memory, how many warps, and, with
-        `programs`, the most registers of a thread, for so many programs to run side by side on a multiprocessor: on
-        Hopper, with 64 halves to a row, one more at the price of a few registers in memory is a gain.
+        How many stages of `stage_bytes` fit beside `fixed_bytes` of shared memory, how many warps, and, for `resident`
+        programs to run side by side on a multiprocessor, the most registers of a thread: on Hopper, in half precision
+        with dims and chunks of up to 64, one program more at the price of a few registers in memory is a gain.
         """
         rows = tile["BLOCK"] * tile["LINES"]
         scores = 2 * rows * self.sizes["S_"] * self.element
         stages = max(1, min(most, (self.shared_memory - fixed_bytes - scores) // stage_bytes))
         sizes = {"STAGES": stages, "num_warps": 8 if rows * self.sizes["D_"] > 64 * 128 else 4}
-        if programs and self.hopper and self.element == 2 and max(self.sizes["D_"], self.sizes["S_"]) <= 64:
-            sizes["maxnreg"] = 65536 // (programs * 32 * sizes["num_warps"]) // 8 * 8
+        if resident and self.hopper and self.element == 2 and max(self.sizes["D_"], self.sizes["S_"]) <= 64:
+            sizes["maxnreg"] = 65536 // (resident * 32 * sizes["num_warps"]) // 8 * 8
         return sizes
 
-    def launches(self, tile: dict[str, int], tensors: int, programs: int | None = None) -> Iterator[dict[str, int]]:
+    def launches(self, tile: dict[str, int], tensors: int, resident: int | None = None) -> Iterator[dict[str, int]]:
         """
         Sizes for a kernel that walks the chunks of blocks of queries, a program a block: for the blocks whose queries
-        share chunks (`programs`: see `streaming`), and for the others, if there can be any, whose queries it takes one
+        share chunks (`resident`: see `streaming`), and for the others, if there can be any, whose queries it takes one
         at a time. It keeps `tensors` tiles of queries.
         """
         scattered = tile["BLOCK"] > 1 and self.num_chunks > _SCATTERED.value * (tile["BLOCK"] * self.topk)
         for part in [tile, self.tile(16, 1)] if scattered else [tile]:
             kept = tensors * part["BLOCK"] * part["LINES"] * self.sizes["D_"] * self.element
-            limit = programs if part is tile else None
-            sizes = {"QUERIES": tile["BLOCK"]} | part | self.streaming(part, self.chunk_bytes, kept, programs=limit)
+            limit = resident if part is tile else None
+            sizes = {"QUERIES": tile["BLOCK"]} | part | self.streaming(part, self.chunk_bytes, kept, resident=limit)
             if part is not tile:  # a warp for 16 rows of 64 halves: many programs hide the way to the chunks
                 widest = max(self.sizes["D_"], self.sizes["S_"])
                 sizes["num_warps"] = min(max(1, part["LINES"] * widest * self.element // 2048), 8)
@@ -547,7 +550,7 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
     splits = min(plan.topk, max(1, 2 * plan.multiprocessors // plan.programs)) if few else 1
     tile = plan.tile(16 if few else _rows(plan), 1 if few else _most_queries(plan.topk, plan.length))
     blocks = cdiv(plan.length, tile["BLOCK"])
-    programs = None if joint or few or tile["BLOCK"] * plan.topk > 128 else 5  # there is more to keep, or less to do
+    resident = None if joint or few or tile["BLOCK"] * plan.topk > 128 else 5  # with more to keep, it is no gain
 
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3] if joint else 0, dtype=torch.float32, device=q.device)
@@ -557,7 +560,7 @@ def chunk_attention_forward(q, k, v, weights, indices, chunk_size, scale):
         part_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
-        for sizes in plan.launches(tile, tensors=1, programs=programs):
+        for sizes in plan.launches(tile, tensors=1, resident=resident):
             _forward_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks, splits)](
                 q, k, v, weights, indices, union, counts, parts, part_lse,
                 *_strides(k, v), plan.batch, plan.length, blocks, scale,
@@ -585,7 +588,7 @@ def chunk_attention_backward(d_out, q, k, v, weights, indices, out, lse, chunk_s
     delta = torch.empty_like(lse)
     with on_device(q):
         union, counts = _union(indices, tile["BLOCK"])
-        for sizes in plan.launches(tile, tensors=2, programs=4):
+        for sizes in plan.launches(tile, tensors=2, resident=4):
             _query_gradient_kernel[(plan.batch * plan.sizes["GROUPS"] * blocks,)](
                 q, k, v, weights, indices, union, counts, out, lse, d_out, d_q, delta,
                 *_strides(k, v), plan.length, blocks, scale,
@@ -605,8 +608,8 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
     heads = min(sizes["RETRIEVAL_HEADS"], sizes["KV_HEADS"])
     share = sizes["GROUPS"] // sizes["RETRIEVAL_HEADS"]
     num_chunks = k.shape[1] // sizes["S"]
-    # Segments of 32 to 256 tiles: some per multiprocessor, so that none of them is idle for long; and as many of a row
-    # as run side by side, so that of short rows, the queries and their gradients are read from the L2 cache.
+    # Segments of 32 to 256 tiles (of 64 rows): some per multiprocessor, so that none of them is idle for long; and about
+    # as many of a row as run side by side, so that q and d_out of a short row are read from the L2 cache.
     pairs, rows = indices.numel() * share, plan.batch * heads
     segment = min(cdiv(pairs, 8 * plan.multiprocessors), cdiv(pairs, 2 * plan.multiprocessors * rows))
     segment = min(max(next_power_of_2(segment), 2048 // plan.lines), max(16384 // plan.lines, 1))
@@ -624,7 +627,7 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
         index.pairs, index.chunk, index.start, index.end, index.slot,
         *_strides(k, v), len(index.num_segments), num_chunks, scale,
         HEADS=heads, SHARE=share, JOINT=joint, **sizes, **tile,
-        **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2, programs=3),
+        **plan.streaming(tile, rows_bytes, plan.chunk_bytes, most=2, resident=3),
     )  # fmt: skip
     if index.num_slots:
         _add_segments_kernel[(len(index.num_segments), share, 2)](
