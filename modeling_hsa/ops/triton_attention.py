@@ -608,8 +608,8 @@ def _chunk_gradients(plan: _Plan, q, k, v, weights, indices, lse, delta, d_out, 
     heads = min(sizes["RETRIEVAL_HEADS"], sizes["KV_HEADS"])
     share = sizes["GROUPS"] // sizes["RETRIEVAL_HEADS"]
     num_chunks = k.shape[1] // sizes["S"]
-    # Segments of 32 to 256 tiles (of 64 rows): some per multiprocessor, so that none of them is idle for long; and about
-    # as many of a row as run side by side, so that q and d_out of a short row are read from the L2 cache.
+    # Segments of 32 to 256 tiles (of 64 rows): some per multiprocessor, so that none of them is idle for long, and
+    # about as many of a row as run side by side, so that q and d_out of a short row are read from the L2 cache.
     pairs, rows = indices.numel() * share, plan.batch * heads
     segment = min(cdiv(pairs, 8 * plan.multiprocessors), cdiv(pairs, 2 * plan.multiprocessors * rows))
     segment = min(max(next_power_of_2(segment), 2048 // plan.lines), max(16384 // plan.lines, 1))
