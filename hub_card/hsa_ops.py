@@ -185,7 +185,7 @@ def chunk_attention(
         indices: [B, L, Hr, K] integer, each in [-1, C), no chunk twice for a query; -1: none. Hr divides Hq, and
             one of Hr and Hkv the other. Not range-checked, as that would stall the device.
         chunk_size: S.
-        scale: more than 0, defaults to `D ** -0.5`.
+        scale: more than 0 and finite, defaults to `D ** -0.5`.
         implementation: see the module.
 
     Returns:
@@ -213,8 +213,8 @@ def chunk_attention(
             "`indices`, and one of these two a multiple of the other."
         )
     scale = dim**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"`scale` must be more than 0, got {scale}. None is `D ** -0.5`.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"`scale` must be more than 0 and finite, got {scale}. None is `D ** -0.5`.")
     backend = pick_backend(implementation, q, head_dim=dim, chunk_size=chunk_size, topk=indices.shape[3])
     if k.shape[1] == 0 or length == 0:
         return _zeros_connected_to(q, k, v, *(() if weights is None else (weights,)))

@@ -707,8 +707,10 @@ def test_chunk_weights_names_what_does_not_fit(changes, message):
             },
             "The 6 heads of `q` .* 2 of `k` and of the 3 of `indices`, and one of these two a multiple of the other",
         ),
-        ({"scale": 0.0}, "`scale` must be more than 0, got 0.0"),
-        ({"scale": -1.0}, "`scale` must be more than 0, got -1.0"),
+        *(
+            ({"scale": scale}, f"`scale` must be more than 0 and finite, got {scale}")
+            for scale in (0.0, -1.0, float("inf"), float("nan"))
+        ),
     ],
 )
 def test_chunk_attention_names_what_does_not_fit(changes, message):

@@ -157,6 +157,25 @@ def test_a_chunk_that_many_queries_retrieve_is_summed_in_segments(num_chunks, sh
     assert (segments[0].num_slots == len(segments[0].chunk)) == (num_chunks == 2)
 
 
+@weights_and_joint
+def test_on_hopper_registers_are_limited_for_more_programs_to_run(kind, monkeypatch):
+    monkeypatch.setattr(triton_attention, "device_limits", lambda device: (1, 1 << 17, True))
+    limits, streaming = [], triton_attention._Plan.streaming
+
+    def record(*args, **kwargs):
+        sizes = streaming(*args, **kwargs)
+        limits.append((sizes.get("maxnreg"), 32 * sizes["num_warps"]))
+        return sizes
+
+    monkeypatch.setattr(triton_attention._Plan, "streaming", record)
+    assert_as_good_as_pytorch(Case(dtype=torch.float16, heads=16, kv_heads=1), kind)
+    resident = [65536 // (registers * threads) for registers, threads in limits if registers]
+    assert resident == ([5, 4, 3] if kind == "softmax" else [4, 3])  # forward, gradients of q, of k and v
+    limits.clear()
+    assert_as_good_as_pytorch(Case(heads=16, kv_heads=1), kind)
+    assert limits and not any(registers for registers, _ in limits)  # fp32
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """New tensors are full of NaN, so an element that a kernel forgot would show."""
