@@ -287,6 +287,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         save_losses(trainer.state.log_history, Path(args.output_dir))
         print(f"Model, tokenizer and losses are in {args.output_dir}.")
+    # Or a process that ends while another still talks to it can abort.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
