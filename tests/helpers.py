@@ -1,4 +1,4 @@
-"""Small models, comparisons and a plain flash attention, shared by the tests."""
+"""Comparisons, what operations allocate, a plain flash attention, and processes without the package."""
 
 import os
 import subprocess
@@ -7,37 +7,14 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from configuration_hsa import HSAConfig
-from modeling_hsa import HSAForCausalLM
 from modeling_hsa.ops import library
 
 
-def tiny_config(**overrides) -> HSAConfig:
-    """A configuration whose window and chunks are so small that a hundred tokens exercise everything."""
-    fields = {
-        "vocab_size": 99,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_lower_layers": 1,
-        "num_upper_layers": 2,
-        "num_upper_groups": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "sliding_window": 12,
-        "chunk_size": 16,
-        "chunk_topk": 2,
-        "retrieval_dim": 16,
-        # Larger than usual, so that attention and retrieval are far from uniform and a mistake shows in the logits.
-        "initializer_range": 0.2,
-    }
-    return HSAConfig(**{**fields, **overrides})
-
-
-def tiny_model(seed: int = 0, **overrides) -> HSAForCausalLM:
-    """A randomly initialised model of `tiny_config`, in eval mode and fp32."""
-    torch.manual_seed(seed)
-    return HSAForCausalLM(tiny_config(**overrides)).eval()
+# Relative errors in fp32: where the arithmetic is the same, and where sums are taken in another order.
+SAME_ARITHMETIC = 1e-5
+OTHER_ORDER = 1e-4
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -70,6 +47,27 @@ class InsideOperators(TorchDispatchMode):
                 super(InsideOperators, self).__exit__(None, None, None)
 
         return run
+
+
+class Allocations(InsideOperators):
+    """Records the tensors that operations make in storage of their own, so neither views nor what is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[int, int]] = []  # elements of a tensor, and the address of its storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.made.append((x.numel(), x.untyped_storage().data_ptr()))
+        return result
+
+    def elements(self, but=()) -> list[int]:
+        """The number of elements of each tensor made, except for the tensors `but`."""
+        excluded = {(x.numel(), x.untyped_storage().data_ptr()) for x in but}
+        return [elements for elements, address in self.made if (elements, address) not in excluded]
 
 
 def attend(q, k, v, scale, causal, window):

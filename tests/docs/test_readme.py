@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_examples import REPOSITORY, run_example
+from tests.commands import REPOSITORY, run_example
 
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer
 
 from examples import prepare_corpus
 from examples.synthetic_text import make_documents
-
-from .test_examples import REPOSITORY, run_example
+from tests.commands import REPOSITORY, run_example
 
 
 TEXTS = [document.text for document in make_documents(3, 2500, 6, 2, questions=True)]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from configuration_hsa import HSAConfig
 from modeling_hsa import HSAForCausalLM
-from tests.helpers import tiny_config
+from tests.models import tiny_config
 
 
 INTEGERS = {  # field: smallest good value

@@ -29,7 +29,8 @@ from modeling_hsa import (
     HSAForTokenClassification,
     HSAModel,
 )
-from tests.helpers import run_without_the_package, tiny_config, tiny_model
+from tests.helpers import run_without_the_package
+from tests.models import tiny_config, tiny_model
 
 
 AUTO_CLASSES = {

@@ -13,8 +13,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig
 
-from .helpers import run_without_the_package
-from .test_examples import REPOSITORY, run_example
+from tests.commands import REPOSITORY, run_example
+from tests.helpers import run_without_the_package
 
 
 FOLDER = REPOSITORY / "hub_card"

@@ -16,12 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from examples.synthetic_text import KINDS_OF_SECRET, NAMES, TRADES, make_documents
-
-from .helpers import tiny_model
+from tests.models import tiny_model
 
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    patch.syspath_prepend(Path(__file__).parents[2] / "examples")
     import eval_facts
     import eval_ruler
     import evaluation

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from modeling_hsa import HSACache
-
-from .conftest import OTHER_ORDER, SAME_ARITHMETIC, VARIANTS, Allocations, Rows, make_variant, random_ids, read
-from .helpers import relative_error, tiny_config, tiny_model
+from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, Allocations, relative_error
+from tests.models import VARIANTS, make_variant, tiny_config, tiny_model
+from tests.rows import Rows, random_ids, read
 
 
 WINDOW = tiny_config().sliding_window  # 12 tokens; chunks have 16

@@ -7,9 +7,9 @@ import torch
 from transformers import CompileConfig
 
 from modeling_hsa import HSACache, HSAStaticCache
-
-from .conftest import OTHER_ORDER, Allocations, Rows, make_variant, random_ids, read
-from .helpers import relative_error, tiny_model
+from tests.helpers import OTHER_ORDER, Allocations, relative_error
+from tests.models import make_variant, tiny_model
+from tests.rows import Rows, random_ids, read
 
 
 NEW_TOKENS = 40  # completes two chunks (of 16) and goes three times around the window (of 12)

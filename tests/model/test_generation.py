@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from modeling_hsa import HSACache
-
-from .conftest import LENGTHS, OTHER_ORDER, SAME_ARITHMETIC, make_variant, random_ids
-from .helpers import relative_error, tiny_model
+from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, relative_error
+from tests.models import make_variant, tiny_model
+from tests.rows import LENGTHS, random_ids
 
 
 NEW_TOKENS = 18  # after the prompts of 50 tokens used here, enough for a new chunk (of 16) to be completed and seen

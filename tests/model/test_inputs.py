@@ -20,7 +20,8 @@ from modeling_hsa import (
     HSAModel,
 )
 from modeling_hsa.naming import CACHE
-from tests.helpers import relative_error, tiny_config, tiny_model
+from tests.helpers import relative_error
+from tests.models import tiny_config, tiny_model
 
 
 VOCABULARY, HIDDEN = 99, 32

@@ -6,8 +6,9 @@ give what the PyTorch path gives, which the other tests hold to the contracts.
 import pytest
 import torch
 
-from .conftest import OTHER_ORDER, Rows, random_ids, read
-from .helpers import relative_error, tiny_model
+from tests.helpers import OTHER_ORDER, relative_error
+from tests.models import tiny_model
+from tests.rows import Rows, random_ids, read
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

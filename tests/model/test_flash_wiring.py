@@ -13,7 +13,8 @@ from transformers import modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
 from modeling_hsa import HSACache, HSAForCausalLM
-from tests.helpers import attend, attend_sequences, relative_error, tiny_model
+from tests.helpers import attend, attend_sequences, relative_error
+from tests.models import tiny_model
 
 
 LENGTH = 90

@@ -10,10 +10,10 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from modeling_hsa import layers
 from modeling_hsa.ops import chunk_attention
-
-from .conftest import random_ids
-from .helpers import relative_error, tiny_model
-from .test_examples import train
+from tests.commands import train
+from tests.helpers import relative_error
+from tests.models import tiny_model
+from tests.rows import random_ids
 
 
 VOCABULARY = 99

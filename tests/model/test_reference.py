@@ -20,7 +20,7 @@ from modeling_hsa.layers import HSARetrievalLayer
 from tests.helpers import relative_error
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 REFERENCE = REPOSITORY.parent / "shared/data/reference"
 SCRIPT = REPOSITORY / "examples/convert_reference_checkpoint.py"
 TOLERANCE = 1e-4

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from .conftest import OTHER_ORDER, SAME_ARITHMETIC, Rows, make_variant, random_ids, read
-from .helpers import relative_error
+from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, relative_error
+from tests.models import make_variant
+from tests.rows import Rows, random_ids, read
 
 
 # Rows of 100 columns, longer than a block of the window attention and than six chunks.

@@ -11,8 +11,9 @@ from transformers import DataCollatorWithFlattening
 from modeling_hsa import HSACache, window
 from modeling_hsa.layout import build_layout
 from modeling_hsa.window import window_attention
-from tests.conftest import SAME_ARITHMETIC, Rows, random_ids, read
-from tests.helpers import attend_sequences, relative_error, tiny_model
+from tests.helpers import SAME_ARITHMETIC, attend_sequences, relative_error
+from tests.models import tiny_model
+from tests.rows import Rows, random_ids, read
 
 
 WINDOWS = pytest.mark.parametrize("size", [1, 12, 64, 500])

@@ -16,9 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.prepare_corpus import train_tokenizer
 from examples.synthetic_text import make_documents
-
-from .helpers import tiny_model
-from .test_examples import REPOSITORY, run_example
+from tests.commands import REPOSITORY, run_example
+from tests.models import tiny_model
 
 
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")

@@ -10,19 +10,9 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from modeling_hsa import HSACache
-
-from .conftest import (
-    LENGTHS,
-    OTHER_ORDER,
-    SAME_ARITHMETIC,
-    VARIANTS,
-    Allocations,
-    Rows,
-    make_variant,
-    random_ids,
-    read,
-)
-from .helpers import relative_error, tiny_model
+from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, Allocations, relative_error
+from tests.models import VARIANTS, make_variant, tiny_model
+from tests.rows import LENGTHS, Rows, random_ids, read
 
 
 @pytest.fixture(scope="module")

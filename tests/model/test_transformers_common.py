@@ -23,8 +23,7 @@ from modeling_hsa import (
     HSAModel,
 )
 from modeling_hsa.layers import HSARotaryEmbedding
-
-from .transformers_common.fetch import fetched_folder, is_fetched
+from tests.transformers_common.fetch import fetched_folder, is_fetched
 
 
 if not is_fetched():
