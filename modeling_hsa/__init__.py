@@ -8,8 +8,8 @@ from configuration_hsa import HSAConfig  # isort: skip  # checks the versions of
 
 from transformers import AutoConfig
 
-from .cache import HSACache
-from .layers import ChunkRetrieval
+from .cache.hsa_cache import HSACache
+from .cache.static_cache import HSAStaticCache
 from .modeling_hsa import (
     HSAForCausalLM,
     HSAForQuestionAnswering,
@@ -18,7 +18,7 @@ from .modeling_hsa import (
     HSAModel,
     HSAPreTrainedModel,
 )
-from .static_cache import HSAStaticCache
+from .retrieval import ChunkRetrieval
 
 
 AutoConfig.register(HSAConfig.model_type, HSAConfig, exist_ok=True)

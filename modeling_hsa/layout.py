@@ -7,6 +7,7 @@ token, so that a padded row equals the same row alone. A position id that does n
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -15,42 +16,73 @@ from .ops.library import count_from
 
 
 class RowState(NamedTuple):
-    """What earlier calls left behind, per row; [B] tensors. An empty row has -1, 0, -1."""
+    """The last token of each row; [B] tensors, or [1] where rows agree. An empty row has -1, 0, -1."""
 
-    position: torch.Tensor  # of the last token in its document
+    position: torch.Tensor  # in its document
     first_chunk: torch.Tensor  # index, in the chunk memory of the row, of the first chunk of that document
-    position_id: torch.Tensor  # RoPE position of the last token
+    position_id: torch.Tensor  # RoPE position
 
 
-class TokenLayout(NamedTuple):
+class Past(NamedTuple):
+    """What a layout is told of the calls before."""
+
+    # Columns of earlier calls, tokens and padding; unknown for a step.
+    columns: int = 0
+    # Tokens of every row, where all rows agree and nothing was padded or packed; else None, and `rows` tells.
+    tokens: int | None = 0
+    rows: RowState | None = None
+    # One token per row is to be laid out without looking at a value: a step of a static cache.
+    is_step: bool = False
+
+    def row_state(self, device: torch.device) -> RowState:
+        if self.rows is not None:
+            return self.rows
+        position = torch.full((1,), self.tokens - 1, device=device)
+        return RowState(position, torch.zeros_like(position), position)
+
+
+@dataclass
+class TokenLayout:
     """
     Layout of the L tokens of a call; n is 1 where all rows agree, else B.
 
     "Aligned order" is the order of the tokens with the padding of each row moved to its left end.
     """
 
+    # Rows of the call, B.
+    batch: int
     # [n, L] RoPE positions.
     position_ids: torch.Tensor
     # [n, L] How many tokens of its document come before a token; 0 for padding.
     position: torch.Tensor
     # [n, L] A token sees chunk i of the memory iff first_chunk <= i < first_chunk + position // S.
     first_chunk: torch.Tensor
+    # The last tokens of earlier calls.
+    before: RowState
+    # Tokens before this call, where all rows agree and nothing is padded or packed. The next four are then None.
+    past: int | None = None
     # [B, L] The permutation to aligned order; None if nothing has to move.
-    order: torch.Tensor | None
+    order: torch.Tensor | None = None
     # [B, L] in aligned order: whether a token is real; None if all are.
-    real: torch.Tensor | None
-    # Tokens before this call, where all rows agree and nothing is padded or packed. The next two are then None.
-    past: int | None
+    real: torch.Tensor | None = None
     # [B, L] in aligned order: whether a token completes a chunk.
-    chunk_end: torch.Tensor | None
+    chunk_end: torch.Tensor | None = None
     # [B] Chunks of earlier calls.
-    num_chunks: torch.Tensor | None
+    num_chunks: torch.Tensor | None = None
     # Whether the tokens of a row are all of one document; False also where finding out would wait for the device.
-    one_document: bool
-    # What layers compute from the layout and share, such as masks, by a key of their own.
-    shared: dict
-    # One token per row, read into an `HSAStaticCache` as a step of fixed shapes.
+    one_document: bool = True
+    # One token per row, laid out without looking at a value.
     is_step: bool = False
+    # What layers compute from the layout and share, such as masks, by a key of their own.
+    shared: dict = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.position.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.position.device
 
     @property
     def counts(self) -> torch.Tensor | None:
@@ -62,10 +94,26 @@ class TokenLayout(NamedTuple):
         """[n, L] in aligned order: whether a token is real."""
         return torch.ones_like(self.position, dtype=torch.bool) if self.real is None else self.real
 
-    def to(self, device) -> "TokenLayout":
+    @property
+    def after(self) -> RowState:
+        """The last tokens including this call, [B] each."""
+        last = (x[:, -1] for x in self.aligned_rows())
+        if self.real is None:
+            return RowState(*last)
+        return RowState(*(torch.where(self.real[:, -1], x, y) for x, y in zip(last, self.before)))
+
+    def aligned_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`position`, `first_chunk` and `position_ids`, [B, L] in aligned order."""
+        rows = (self.position, self.first_chunk, self.position_ids)
+        return tuple(self.align(x.expand(self.batch, -1)[..., None])[..., 0] for x in rows)
+
+    def to(self, device, non_blocking: bool = False) -> "TokenLayout":
         """The layout on another device, for models spread over several."""
-        moved = TokenLayout(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
-        return moved._replace(shared={})
+        if self.device == torch.device(device):
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved, before=RowState(*(x.to(device) for x in self.before)), shared={})
 
     def share(self, key: tuple, make: Callable):
         """`make()`, made once for all layers that ask for `key`."""
@@ -78,9 +126,9 @@ class TokenLayout(NamedTuple):
         position = self.position - self.position % stride
         return self.first_chunk, self.first_chunk + position // chunk_size
 
-    def reach(self, window: int) -> torch.Tensor:
-        """[n, L]: how many tokens back the window of a token goes inside its document."""
-        return self.position.clamp(max=window - 1)
+    def reach(self, window: int | None) -> torch.Tensor:
+        """[n, L]: how many tokens back the window of a token goes inside its document (None: all of it)."""
+        return self.position if window is None else self.position.clamp(max=window - 1)
 
     def align(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, ..., L, D] with the padding of each row moved to the left."""
@@ -100,35 +148,26 @@ def build_layout(
     batch: int,
     length: int,
     device: torch.device,
+    *,
     chunk_size: int,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache=None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past: Past | None = None,
 ) -> TokenLayout:
     """
     Args:
         attention_mask: [B, past + L], nonzero for real tokens, or None for no padding.
-        position_ids: int64 [1 | B, L], or None to count on from the cache.
-        cache: the [`HSACache`] of the call, or None.
+        position_ids: int64 [1 | B, L], or None to count on from the calls before.
+        past: where the rows stand after the calls before, or None without a cache.
 
     Raises:
-        ValueError: for a mask or position ids whose shape does not fit.
+        ValueError, TypeError: for a mask or position ids whose kind or shape does not fit.
     """
-    if position_ids is not None and not isinstance(position_ids, torch.Tensor):
-        raise TypeError(f"`position_ids` must be a tensor [batch, tokens], got {type(position_ids).__name__}.")
-    if position_ids is not None and (position_ids.is_floating_point() or position_ids.dtype == torch.bool):
-        raise ValueError(f"`position_ids` must be integers, got {position_ids.dtype}.")
-    if position_ids is not None and (
-        position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch)
-    ):
-        raise ValueError(f"`position_ids` must have the shape [{batch}, {length}], got {list(position_ids.shape)}.")
-
-    layout = None if cache is None else cache.begin(length, attention_mask, position_ids)
-    if layout is not None:
-        return layout
-    columns = cache.get_seq_length() if cache is not None else 0
-    real = _new_columns(attention_mask, batch, columns, length)
-    past = cache.past if cache is not None else 0
+    _check_position_ids(position_ids, batch, length)
+    is_cached, past = past is not None, past or Past()
+    if past.is_step:
+        return _step_layout(batch, position_ids, chunk_size, past.rows)
+    real = _new_columns(attention_mask, batch, past.columns, length)
     right_aligned = contiguous = real is None
     if real is not None and not torch.compiler.is_compiling():  # compiled, rows count as padded in any way
         # The one place that looks at the values of the mask; on an accelerator this waits for them.
@@ -137,30 +176,32 @@ def build_layout(
         facts = torch.stack([real.all(), (real[:, -1] & (blocks == 1)).all(), (blocks < 2).all()])
         full, right_aligned, contiguous = facts.tolist()
         real = None if full else real
-    if real is None and past is not None:
-        expected = count_from(past, length, device)[None]
-        if (
-            position_ids is None
-            or (cache is not None or attention_mask is not None)
-            and _equal(position_ids, expected)
-        ):
-            return TokenLayout(expected, expected, torch.zeros_like(expected), None, None, past, None, None, True, {})
-
-    if cache is None:
-        state = RowState(*(torch.full((batch,), value, device=device) for value in (-1, 0, -1)))
-    else:
-        state = cache.row_state(batch, device)
     # With a mask or a cache the call waits for the device anyway. Packed training, which has neither, does not.
-    look = (attention_mask is not None or cache is not None) and not torch.compiler.is_compiling()
-    layout = _general_layout(batch, length, device, chunk_size, real, position_ids, state, look)
-    if real is not None and not right_aligned and (cache is not None or not contiguous):
+    look = (attention_mask is not None or is_cached) and not torch.compiler.is_compiling()
+    if real is None and past.tokens is not None:
+        expected = count_from(past.tokens, length, device)[None]
+        if position_ids is None or look and bool((position_ids == expected).all()):
+            return TokenLayout(
+                batch=batch, position_ids=expected, position=expected, first_chunk=torch.zeros_like(expected),
+                before=past.row_state(device), past=past.tokens,
+            )  # fmt: skip
+
+    layout = _general_layout(batch, length, device, chunk_size, real, position_ids, past, look)
+    if real is not None and not right_aligned and (is_cached or not contiguous):
         order = real.int().argsort(dim=1, stable=True)
-        layout = layout._replace(order=order, real=real.gather(1, order), chunk_end=layout.chunk_end.gather(1, order))
+        layout = replace(layout, order=order, real=real.gather(1, order), chunk_end=layout.chunk_end.gather(1, order))
     return layout
 
 
-def _equal(position_ids: torch.Tensor, expected: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and bool((position_ids == expected).all())
+def _check_position_ids(position_ids: torch.Tensor | None, batch: int, length: int) -> None:
+    if position_ids is None:
+        return
+    if not isinstance(position_ids, torch.Tensor):
+        raise TypeError(f"`position_ids` must be a tensor [batch, tokens], got {type(position_ids).__name__}.")
+    if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
+        raise ValueError(f"`position_ids` must be integers, got {position_ids.dtype}.")
+    if position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
+        raise ValueError(f"`position_ids` must have the shape [{batch}, {length}], got {list(position_ids.shape)}.")
 
 
 def _new_columns(attention_mask, batch: int, columns: int, length: int):
@@ -177,16 +218,41 @@ def _new_columns(attention_mask, batch: int, columns: int, length: int):
     return attention_mask[:, columns:] != 0
 
 
-def _general_layout(batch, length, device, chunk_size, real, position_ids, state: RowState, look) -> TokenLayout:
+def _step_layout(batch: int, position_ids: torch.Tensor | None, chunk_size: int, before: RowState) -> TokenLayout:
+    """One token per row after those of `before`, without a look at any value."""
+    position, first_chunk, position_id = (x[:, None] for x in before)
+    num_chunks = first_chunk + (position + 1) // chunk_size
+    position = position + 1
+    if position_ids is None:
+        position_ids = position_id + 1
+    else:
+        position_ids = position_ids.expand_as(position)
+        starts = position_ids <= position_id
+        position = position.masked_fill(starts, 0)
+        first_chunk = torch.where(starts, num_chunks, first_chunk)
+    return TokenLayout(
+        batch=batch, position_ids=position_ids, position=position, first_chunk=first_chunk, before=before,
+        num_chunks=num_chunks[:, 0], is_step=True,
+    )  # fmt: skip
+
+
+def _general_layout(
+    batch: int, length: int, device: torch.device, chunk_size: int, real: torch.Tensor | None,
+    position_ids: torch.Tensor | None, past: Past, look: bool,
+) -> TokenLayout:  # fmt: skip
     """
     The layout by counting, for rows that are padded, packed or continued at different lengths. `look`: whether to find
     out from given position ids if documents start inside a row.
     """
+    state = RowState(*(x.expand(batch) for x in past.row_state(device)))
     is_padded = real is not None
     if not is_padded:
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
     slot = torch.arange(length, device=device)[None]
-    before = lambda x, fill: torch.cat([fill[:, None], x[:, :-1]], dim=1)  # noqa: E731
+
+    def before(x: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        """x [B, L] one token earlier, the first being `fill` [B]."""
+        return torch.cat([fill[:, None], x[:, :-1]], dim=1)
 
     starts = torch.zeros_like(real)
     if position_ids is not None:
@@ -212,10 +278,13 @@ def _general_layout(batch, length, device, chunk_size, real, position_ids, state
     if position_ids is None:
         position_ids = (state.position_id[:, None] + 1 + tokens).masked_fill(~real, 0)
     real = real if is_padded else None
-    return TokenLayout(position_ids, position, first_chunk, None, real, None, chunk_end, num_chunks, one_document, {})
+    return TokenLayout(
+        batch=batch, position_ids=position_ids, position=position, first_chunk=first_chunk, before=state, real=real,
+        chunk_end=chunk_end, num_chunks=num_chunks, one_document=one_document,
+    )  # fmt: skip
 
 
-def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int, has_history: bool) -> torch.Tensor:
+def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int) -> torch.Tensor:
     """
     The chunks that a call completes.
 
@@ -227,7 +296,7 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
         [B, n, S, D]. Where rows complete different numbers of chunks, those beyond the number of a row are arbitrary.
     """
     batch, total, dim = hidden_states.shape
-    length = layout.position.shape[1]
+    length = layout.length
     if layout.is_step:  # of the last S tokens, whether they are a chunk or not
         return hidden_states[:, None]
     if layout.past is not None:
@@ -236,10 +305,8 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
         start = total - length - rest
         return hidden_states[:, start : start + n * chunk_size].unflatten(1, (n, chunk_size))
     ends = layout.chunk_end
-    if has_history:
-        n = int(ends.sum(1).max())
-    else:
-        n = length // chunk_size
+    # Without earlier tokens the bound is known; with them, the device is asked rather than a chunk encoded for nothing.
+    n = length // chunk_size if total == length else int(ends.sum(1).max())
     rank = torch.where(ends, ends.cumsum(1) - 1, n)
     slot = torch.arange(length, device=ends.device).expand_as(ends)
     last = torch.full((batch, n + 1), chunk_size - 1, device=ends.device).scatter(1, rank, slot + total - length)[

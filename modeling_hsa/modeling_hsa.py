@@ -35,22 +35,18 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from configuration_hsa import HSAConfig
 
-from .cache import HSACache
+from .attention import HSAWindowAttention
+from .cache.hsa_cache import HSACache
+from .cache.memory import CallMemory
+from .cache.static_cache import HSAStaticCache
+from .chunk_encoder import HSAChunkEncoder
 from .hub import save_code
-from .layers import (
-    ChunkRetrieval,
-    HSAChunkEncoder,
-    HSADecoderLayer,
-    HSALayer,
-    HSARetrieval,
-    HSARetrievalLayer,
-    HSARMSNorm,
-    HSARotaryEmbedding,
-    HSAWindowAttention,
-)
-from .layout import build_layout
+from .kinds import LAYER_KINDS
+from .layers import HSALayer
+from .layout import Past, TokenLayout, build_layout
+from .modules import HSARMSNorm, HSARotaryEmbedding
 from .naming import CACHE, takes_cache
-from .static_cache import HSAStaticCache
+from .retrieval import ChunkRetrieval, HSARetrieval
 
 
 logger = logging.get_logger(__name__)
@@ -58,13 +54,6 @@ logger = logging.get_logger(__name__)
 # Tokens that `generate` reads at a time. Memory beyond the cache is that of one segment, whatever the length of the
 # prompt.
 PREFILL_CHUNK_SIZE = 4096
-
-# Fields of the configuration in which a cache has to agree with the model.
-CACHE_FIELDS = (
-    "num_lower_layers", "num_upper_layers", "num_upper_groups", "hidden_size", "num_key_value_heads", "head_dim",
-    "sliding_window", "chunk_size", "hsa_local_attention", "hsa_num_key_value_heads", "num_retrieval_heads",
-    "retrieval_dim", "retrieval_stride",
-)  # fmt: skip
 
 
 @dataclass
@@ -90,8 +79,8 @@ class HSAPreTrainedModel(PreTrainedModel):
     config_class = HSAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HSADecoderLayer", "HSARetrievalLayer", "HSAChunkEncoder"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _no_split_modules = ["HSAChunkEncoder", *sorted({kind.layer.__name__ for kind in LAYER_KINDS.values()})]
+    _skip_keys_device_placement = ["past_key_values", "cache", "state", "history"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -144,12 +133,10 @@ class HSAModel(HSAPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            [
-                (HSARetrievalLayer if is_hsa else HSADecoderLayer)(config, layer_idx)
-                for layer_idx, is_hsa in enumerate(config.hsa_layers)
-            ]
+            [LAYER_KINDS[kind].layer(config, layer_idx) for layer_idx, kind in enumerate(config.layer_types)]
         )
-        self.chunk_encoder = HSAChunkEncoder(config)
+        if any(config.hsa_layers):
+            self.chunk_encoder = HSAChunkEncoder(config)
         self.norm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HSARotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -196,33 +183,48 @@ class HSAModel(HSAPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = HSACache(self.config)
 
-        hidden_states = inputs_embeds
-        batch, length = hidden_states.shape[:2]
         layout = build_layout(
-            batch, length, hidden_states.device, self.config.chunk_size, attention_mask, position_ids, past_key_values
+            *inputs_embeds.shape[:2],
+            inputs_embeds.device,
+            chunk_size=self.config.chunk_size,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past=self._begin(past_key_values, inputs_embeds.shape[1], attention_mask, position_ids),
         )
-        position_embeddings = self.rotary_emb(hidden_states, layout.position_ids)
-
-        memory = None
-        for layer_idx, (layer, is_hsa) in enumerate(zip(self.layers, self.config.hsa_layers)):
-            if layer_idx == self.config.num_lower_layers:
-                memory = self.chunk_encoder(hidden_states, layout, past_key_values)
-            # Tensor by tensor: reentrant checkpointing does not see those inside of an argument.
-            inputs = (hidden_states, *memory) if is_hsa else (hidden_states,)
-            hidden_states = layer(
-                *inputs,
-                layout=layout,
-                position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        hidden_states = self.norm(hidden_states)
-
+        hidden_states = self._decode(inputs_embeds, layout, past_key_values, **kwargs)
         if past_key_values is not None:
-            past_key_values.commit(layout, batch)
+            past_key_values.commit(layout)
         return HSAModelOutputWithPast(
             last_hidden_state=hidden_states, **{CACHE: past_key_values if use_cache else None}
         )
+
+    @staticmethod
+    def _begin(cache: HSACache | None, length: int, attention_mask, position_ids) -> Past | None:
+        if cache is None:
+            return None
+        return cache.begin(length, has_mask=attention_mask is not None, has_positions=position_ids is not None)
+
+    def _decode(
+        self, hidden_states: torch.Tensor, layout: TokenLayout, cache: HSACache | None, **kwargs
+    ) -> torch.Tensor:
+        """Embeddings [B, L, hidden] -> the normed output of the last layer."""
+        if layout.real is not None:
+            # Padding may hold anything, also NaN, which a mask would not stop.
+            real = layout.restore(layout.real[..., None])
+            hidden_states = torch.where(real, hidden_states, torch.zeros_like(hidden_states))
+        position_embeddings = self.rotary_emb(hidden_states, layout.position_ids)
+        memory, history = (CallMemory(), None) if cache is None else (cache.memory, cache.hidden)
+        for layer_idx, layer in enumerate(self.layers):
+            if layer_idx == self.config.chunk_encoder_layer:
+                memory = self.chunk_encoder(hidden_states, layout, memory, history)
+            hidden_states = layer(
+                *((hidden_states, memory) if layer.retrieves else (hidden_states,)),
+                layout=layout,
+                position_embeddings=position_embeddings,
+                state=None if cache is None else cache.layers[layer_idx],
+                **kwargs,
+            )
+        return self.norm(hidden_states)
 
     def _check_inputs(self, input_ids, inputs_embeds, past_key_values, kwargs) -> None:
         if (input_ids is None) == (inputs_embeds is None):
@@ -264,14 +266,8 @@ class HSAModel(HSAPreTrainedModel):
             raise ValueError(
                 f"`past_key_values` holds {past_key_values.batch_size} rows but `{name}` has {given.shape[0]}."
             )
-        if past_key_values is not None and past_key_values.config is not self.config:
-            for field in CACHE_FIELDS:
-                theirs, ours = getattr(past_key_values.config, field), getattr(self.config, field)
-                if theirs != ours:
-                    raise ValueError(
-                        f"`past_key_values` was made for a model with `{field}` {theirs}, but this one has {ours}. "
-                        "Make it with `HSACache(model.config)`."
-                    )
+        if past_key_values is not None:
+            past_key_values.check_fits(self.config)
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"`output_attentions=True` needs `attn_implementation='eager'`, but it is "

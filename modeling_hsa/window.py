@@ -1,5 +1,6 @@
 """
-The sliding window, through the attention interface of Transformers, without an L x L mask.
+Causal attention to a sliding window or to the whole document, through the attention interface of Transformers, for a
+window without an L x L mask.
 
 The keys a query sees lie at most W - 1 tokens back, so the queries are cut into blocks, each with the keys of its own
 span and of the W - 1 tokens before, and the blocks become rows of the batch: the mask has L x (block + W - 1) entries.
@@ -10,8 +11,11 @@ no window.
 
 import functools
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from .layout import TokenLayout
@@ -37,62 +41,115 @@ def _load_varlen_attn():
 _varlen_attn = _load_varlen_attn()
 
 
-def window_attention(attention, module, query, key, value, layout: TokenLayout, window: int, **kwargs):
+@dataclass
+class Call:
     """
-    Args:
+    What is to be attended to.
+
+    Attributes:
         attention: the attention function of Transformers, `ALL_ATTENTION_FUNCTIONS` or eager.
         query: [B, Hq, L, D] in aligned order.
         key, value: [B, Hkv, N + L, D], right-aligned, the N last ones of earlier calls first.
+        window: tokens that a token sees, itself included; None: all of its document.
+        kwargs: of the attention function.
+    """
+
+    attention: Callable
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    layout: TokenLayout
+    window: int | None
+    kwargs: dict
+
+    @property
+    def length(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def block(self) -> int:
+        """Queries to a block."""
+        return max(_MIN_BLOCK, self.window // 2)
+
+    @property
+    def mask_key(self) -> tuple:
+        # All layers of a call have as many keys, a number that as a key would keep compiled code from varying it.
+        return self.window, self.query.dtype, self.module.config._attn_implementation
+
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def window_attention(
+    attention: Callable, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    layout: TokenLayout, window: int | None, **kwargs,
+) -> Output:  # fmt: skip
+    """
+    See [`Call`] for the arguments.
 
     Returns:
         output [B, L, Hq, D], and the weights [B, Hq, L, N + L] or None.
     """
-    if is_flash_attention_requested(module.config):
-        return _flash(attention, module, query, key, value, layout, window, **kwargs)
-    batch, _, length, _ = query.shape
-    keys = key.shape[2]
-    if length == 1 and layout.past is not None and keys <= window:
-        return attention(module, query, key, value, None, **kwargs)  # sees all of them
-    if length > 1 and _takes_varlen(module, query, **kwargs):
-        sequences = layout.share(("sequences",), lambda: _sequences(layout, batch, length, keys, **kwargs))
-        if sequences is not None:
-            return _varlen(query, key, value, *sequences, window, kwargs["scaling"]), None
+    call = Call(attention, module, query, key, value, layout, window, kwargs)
+    return next(attend(call) for fits, attend in _STRATEGIES if fits(call))
 
-    # All layers of a call have as many keys, a number that as a key would keep compiled code from varying it.
-    mask_key = (window, query.dtype, module.config._attn_implementation)
-    block = max(_MIN_BLOCK, window // 2)
-    if length <= 2 * block or kwargs.get("output_attentions"):
 
-        def mask_of_all():
-            mask = _window_mask(_aligned_reach(layout, batch, window), keys - length, keys)
-            return _as_mask(mask, module, query)
+def _sees_all_keys(call: Call) -> bool:
+    one = call.length == 1 and call.layout.past is not None
+    return one and (call.window is None or call.num_keys <= call.window)
 
-        return attention(module, query, key, value, layout.share(("all", *mask_key), mask_of_all), **kwargs)
 
+def _attend_to_all(call: Call) -> Output:
+    return call.attention(call.module, call.query, call.key, call.value, None, **call.kwargs)
+
+
+def _fits_one_mask(call: Call) -> bool:
+    return call.window is None or call.length <= 2 * call.block or bool(call.kwargs.get("output_attentions"))
+
+
+def _attend_with_one_mask(call: Call) -> Output:
+    def make_mask() -> torch.Tensor:
+        mask = _window_mask(_aligned_reach(call), call.num_keys - call.length, call.num_keys)
+        return _as_mask(mask, call.module, call.query)
+
+    mask = call.layout.share(("all", *call.mask_key), make_mask)
+    return call.attention(call.module, call.query, call.key, call.value, mask, **call.kwargs)
+
+
+def _attend_in_blocks(call: Call) -> Output:
+    """Blocks of queries as rows of a batch, each with the keys of its own span and of the W - 1 tokens before."""
+    window, block, length = call.window, call.block, call.length
     num_blocks = -(-length // block)
     span = block + window - 1
     pad = torch.nn.functional.pad
-    query = pad(query, (0, 0, 0, num_blocks * block - length))
-    missing = window - 1 - (keys - length)  # of the W - 1 tokens before the first query
-    key, value = (pad(x, (0, 0, missing, num_blocks * block - length)) for x in (key, value))
+    query = pad(call.query, (0, 0, 0, num_blocks * block - length))
+    missing = window - 1 - (call.num_keys - length)  # of the W - 1 tokens before the first query
+    key, value = (pad(x, (0, 0, missing, num_blocks * block - length)) for x in (call.key, call.value))
     query = query.unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)  # [B * blocks, Hq, block, D]
     key, value = (x.unfold(2, span, block).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (key, value))
+    batch = call.layout.batch
 
-    def mask_of_blocks():
-        reach = pad(_aligned_reach(layout, batch, window), (0, num_blocks * block - length)).view(-1, block)
+    def make_mask() -> torch.Tensor:
+        reach = pad(_aligned_reach(call), (0, num_blocks * block - length)).view(-1, block)
         mask = _window_mask(reach, window - 1, span)
         mask = mask.view(-1, num_blocks, *mask.shape[1:]).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        return _as_mask(mask, module, query)
+        return _as_mask(mask, call.module, query)
 
-    mask = layout.share(("blocks", *mask_key), mask_of_blocks)
-    output, _ = attention(module, query, key, value, mask, **kwargs)
+    mask = call.layout.share(("blocks", *call.mask_key), make_mask)
+    output, _ = call.attention(call.module, query, key, value, mask, **call.kwargs)
     output = output.view(batch, num_blocks * block, *output.shape[2:])[:, :length]
     return output, None
 
 
-def _aligned_reach(layout: TokenLayout, batch: int, window: int) -> torch.Tensor:
+def _aligned_reach(call: Call) -> torch.Tensor:
     """[n, L] in aligned order: how many tokens back each one sees."""
-    reach = layout.reach(window).expand(batch if layout.order is not None else -1, -1)
+    layout = call.layout
+    reach = layout.reach(call.window).expand(layout.batch if layout.order is not None else -1, -1)
     return layout.align(reach[..., None])[..., 0]
 
 
@@ -107,64 +164,71 @@ def _has_flash_kernels(device_index: int, head_dim: int) -> bool:
     return fits and torch.backends.cuda.flash_sdp_enabled()
 
 
-def _takes_varlen(
-    module, query: torch.Tensor, dropout: float = 0.0, output_attentions: bool = False, **kwargs
-) -> bool:
-    """Whether `varlen_attn` can do what is asked of `attn_implementation="sdpa"`."""
-    head_dim = query.shape[-1]
+def _takes_varlen(call: Call) -> bool:
+    """Whether PyTorch's flash attention can do what is asked of `attn_implementation="sdpa"`."""
+    head_dim = call.query.shape[-1]
     return (
         _varlen_attn is not None
-        and module.config._attn_implementation == "sdpa"
-        and query.device.type == "cuda"
-        and attention_dtype(query) in (torch.bfloat16, torch.float16)
+        and call.length > 1
+        and call.module.config._attn_implementation == "sdpa"
+        and call.query.device.type == "cuda"
+        and attention_dtype(call.query) in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 256
-        and dropout == 0.0
-        and not output_attentions
-        and _has_flash_kernels(query.device.index, head_dim)
+        and call.kwargs.get("dropout", 0.0) == 0.0
+        and not call.kwargs.get("output_attentions")
+        and _has_flash_kernels(call.query.device.index, head_dim)
+        and _sequences(call) is not None
     )
 
 
-def _sequences(layout: TokenLayout, batch: int, length: int, keys: int, **kwargs):
+def _sequences(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
     How the queries [B * L] and the keys [B * (N + L)] divide into sequences that attend to themselves.
 
     Returns: for each the int32 bounds, first the 0. None where only the values of tensors on the device would tell
     how many sequences there are.
     """
-    device = layout.position.device
-    rows = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return call.layout.share(("sequences",), lambda: _find_sequences(call))
+
+
+def _find_sequences(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
+    layout, length, keys = call.layout, call.length, call.num_keys
+    device = layout.device
+    rows = torch.arange(layout.batch + 1, dtype=torch.int32, device=device)
     if layout.past is not None:
         return rows * length, rows * keys
     if not layout.one_document:
-        bounds = kwargs.get("cu_seq_lens_q")  # `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`
-        if bounds is None or batch > 1 or layout.real is not None or keys != length:
+        bounds = call.kwargs.get("cu_seq_lens_q")  # `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`
+        if bounds is None or layout.batch > 1 or layout.real is not None or keys != length:
             return None
         return (bounds.to(device=device, dtype=torch.int32),) * 2
 
     # A row is three sequences: padding, tokens, padding. The tokens see those of earlier calls, padding only itself.
-    real, slot = layout.is_real.expand(batch, -1), torch.arange(length, device=device)
+    real, slot = layout.is_real.expand(layout.batch, -1), torch.arange(length, device=device)
     end = torch.where(real, slot + 1, 0).amax(1)
     start = torch.where(real, slot, length).amin(1).minimum(end)
-    tokens = layout.position.expand(batch, -1).amax(1) + 1  # in the document, up to the last one
+    tokens = layout.position.expand(layout.batch, -1).amax(1) + 1  # in the document, up to the last one
     key_end = end + (keys - length)
     key_start = (key_end - tokens).clamp(min=0)
 
-    def bounds_of(start, end, size):
+    def bounds_of(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
         bounds = torch.stack([start, end, torch.full_like(end, size)], dim=1) + rows[:-1, None] * size
         return torch.cat([rows[:1], bounds.flatten().to(torch.int32)])
 
     return bounds_of(start, end, length), bounds_of(key_start, key_end, keys)
 
 
-def _varlen(query, key, value, bounds_q, bounds_k, window: int, scale: float) -> torch.Tensor:
-    """As `window_attention`, the causal window being aligned to the end of each sequence of keys."""
-    dtype, (batch, _, length, _), keys = attention_dtype(query), query.shape, key.shape[2]
-    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+def _attend_with_varlen(call: Call) -> Output:
+    """The causal window is aligned to the end of each sequence of keys."""
+    dtype, batch = attention_dtype(call.query), call.layout.batch
+    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (call.query, call.key, call.value))
+    window = -1 if call.window is None else call.window - 1
     output = _varlen_attn(
-        query, key, value, bounds_q, bounds_k, length, keys, scale=scale, window_size=(window - 1, 0)
-    )
-    return output.unflatten(0, (batch, length))
+        query, key, value, *_sequences(call), call.length, call.num_keys,
+        scale=call.kwargs["scaling"], window_size=(window, 0),
+    )  # fmt: skip
+    return output.unflatten(0, (batch, call.length)), None
 
 
 def _window_mask(reach: torch.Tensor, offset: int, keys: int) -> torch.Tensor:
@@ -174,7 +238,7 @@ def _window_mask(reach: torch.Tensor, offset: int, keys: int) -> torch.Tensor:
     return ((back >= 0) & (back <= reach[..., None]))[:, None]
 
 
-def _as_mask(mask: torch.Tensor, module, query: torch.Tensor):
+def _as_mask(mask: torch.Tensor, module: nn.Module, query: torch.Tensor):
     """The mask in the form the attention implementation takes: bool, additive for eager, a `BlockMask` for flex."""
     implementation = module.config._attn_implementation
     if implementation == "eager":
@@ -196,21 +260,36 @@ def _as_mask(mask: torch.Tensor, module, query: torch.Tensor):
     return mask
 
 
-def _flash(attention, module, query, key, value, layout: TokenLayout, window: int, **kwargs):
+def _is_flash(call: Call) -> bool:
+    return is_flash_attention_requested(call.module.config)
+
+
+def _attend_with_flash(call: Call) -> Output:
     """Flash attention takes padding as a [B, keys] mask, or documents as restarting positions of a single row."""
-    batch, _, length, _ = query.shape
+    layout, batch, length, keys = call.layout, call.layout.batch, call.length, call.num_keys
+    query, key, value = call.query, call.key, call.value
     mask = position_ids = None
-    if layout.past is None and layout.real is None and key.shape[2] == length:
+    if layout.past is None and layout.real is None and keys == length:
         query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
         position_ids = layout.position.expand(batch, -1).reshape(1, -1)
     elif layout.past is None:
         if not layout.one_document:
             raise ValueError("Packed documents with padding or a cache need `attn_implementation='sdpa'` or 'eager'.")
         mask = layout.is_real
-        if key.shape[2] > length or layout.order is not None:
+        if keys > length or layout.order is not None:
             position = layout.align(layout.position.expand(batch, -1)[..., None])[..., 0]
-            from_end = torch.arange(key.shape[2] - 1, -1, -1, device=query.device)
+            from_end = torch.arange(keys - 1, -1, -1, device=query.device)
             mask = from_end <= torch.where(layout.is_real, position, -1).amax(1, keepdim=True)
-    kwargs["position_ids"] = position_ids
-    output, _ = attention(module, query, key, value, mask, sliding_window=window, **kwargs)
+    kwargs = {**call.kwargs, "position_ids": position_ids}
+    output, _ = call.attention(call.module, query, key, value, mask, sliding_window=call.window, **kwargs)
     return output.view(batch, length, *output.shape[2:]), None
+
+
+# The first that fits is taken.
+_STRATEGIES: tuple[tuple[Callable[[Call], bool], Callable[[Call], Output]], ...] = (
+    (_is_flash, _attend_with_flash),
+    (_sees_all_keys, _attend_to_all),
+    (_takes_varlen, _attend_with_varlen),
+    (_fits_one_mask, _attend_with_one_mask),
+    (lambda call: True, _attend_in_blocks),
+)

@@ -1,0 +1,239 @@
+"""`HSACache`: what an HSA model remembers between calls."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from configuration_hsa import HSAConfig
+
+from ..kinds import LAYER_KINDS
+from ..layout import Past, TokenLayout
+from .layer_states import Storage
+from .memory import DeviceMemory, HostMemory
+from .rows import Rows, StaticRows
+from .state import State
+from .storage import GrowingStorage
+
+
+# Fields of the configuration in which a cache has to agree with the model.
+CACHE_FIELDS = (
+    "layer_types", "chunk_encoder_layer", "hidden_size", "num_key_value_heads", "head_dim", "sliding_window",
+    "chunk_size", "hsa_local_attention", "hsa_num_key_value_heads", "num_retrieval_heads", "retrieval_dim",
+    "retrieval_stride",
+)  # fmt: skip
+
+
+class HSACache(Cache):
+    """
+    Cache of an HSA model (section 7 of the design): a state per layer, the hidden states of the unfinished chunk, where
+    the rows stand, and the chunk memory. `model(..., use_cache=True)` and `generate` make it by themselves.
+
+    Rows may be padded, packed and of different lengths: padding is not stored. Gradients do not flow into the cache. A
+    call that fails half way leaves the cache as it was.
+
+    Args:
+        config ([`HSAConfig`]): the configuration of the model.
+        offloading (`bool`, *optional*, defaults to `False`):
+            Keep keys and values of the chunk memory in host memory; only retrieved chunks are copied to the device.
+            `generate(cache_implementation="offloaded")` sets it.
+
+    Example:
+
+    ```python
+    >>> cache = HSACache(model.config)
+    >>> for segment in input_ids.split(4096, dim=1):
+    ...     logits = model(segment, past_key_values=cache, logits_to_keep=1).logits
+    ```"""
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, config: HSAConfig, offloading: bool = False):
+        memory = HostMemory() if offloading else DeviceMemory()
+        self._assemble(config, GrowingStorage(config.sliding_window), Rows(2 * config.sliding_window), memory)
+
+    def _assemble(self, config: HSAConfig, storage: Storage, rows: Rows | StaticRows, memory: DeviceMemory) -> None:
+        super().__init__(layers=[LAYER_KINDS[kind].state(config, storage) for kind in config.layer_types])
+        self.header = {name: copy.copy(getattr(config, name)) for name in CACHE_FIELDS}
+        self.rows = rows
+        self.memory = memory
+        # Of the chunk encoder: the tokens that are in no complete chunk yet.
+        self.hidden = storage.tokens(config.chunk_size, ordered=True)
+        layers = ((f"layers.{i}.{name}", part) for i, x in enumerate(self.layers) for name, part in x.parts().items())
+        # Everything the cache remembers.
+        self.states: dict[str, State] = {**dict(layers), "hidden": self.hidden, **rows.parts(), "memory": memory}
+        self._before: dict[str, dict] | None = None  # during a call: what the states were at its start
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tokens={self.get_seq_length()}, chunks={self.memory.num_chunks})"
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The tensors and numbers of every state. They are not copies, and change with the cache."""
+        self._settle()
+        return {name: state.state_dict() for name, state in self.states.items()}
+
+    def load_state_dict(self, states: dict[str, dict[str, Any]]) -> None:
+        for name, state in self.states.items():
+            state.load_state_dict(states[name])
+
+    def check_fits(self, config: HSAConfig) -> None:
+        """Raises `ValueError` if the cache was made for a model that keeps something else."""
+        for name, theirs in self.header.items():
+            if theirs != (ours := getattr(config, name)):
+                raise ValueError(
+                    f"`past_key_values` was made for a model with `{name}` {theirs}, but this one has {ours}. Make "
+                    "it with `HSACache(model.config)`."
+                )
+
+    def reserve(self, tokens: int) -> None:
+        """
+        Makes room for `tokens` tokens per row at once, which saves the copies of growing step by step. `generate` does
+        it for long prompts.
+        """
+        self.memory.reserved = -(-tokens // self.header["chunk_size"])
+
+    def fork(self) -> "HSACache":
+        """
+        A cache that goes on from here independently of this one, which may be used in turn with it. It shares the
+        chunk memory, the only part whose size grows with the tokens, and copies the rest.
+        """
+        self._settle()
+        return copy.deepcopy(self, {id(self.memory): self.memory.fork()})
+
+    # -- used by the model ------------------------------------------------------------------------------------------
+
+    def begin(self, length: int, has_mask: bool, has_positions: bool) -> Past:
+        """Starts a call of `length` columns. It takes effect with `commit`, or not at all."""
+        self._before = self.state_dict()
+        return self.rows.past()
+
+    def commit(self, layout: TokenLayout) -> None:
+        """Ends the call of `layout`."""
+        for state in self.states.values():
+            state.commit(layout)
+        self._before = None
+
+    def _settle(self) -> None:
+        """Takes back what a call that failed half way has done."""
+        if self._before is not None:
+            self.load_state_dict(self._before)
+            self._before = None
+
+    # -- `Cache` ----------------------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, padding included."""
+        return self.rows.num_columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.get_seq_length() > 0
+
+    @property
+    def batch_size(self) -> int:
+        self._settle()
+        return next((n for state in self.states.values() if (n := state.batch_size) is not None), -1)
+
+    def activate_past_recording(self) -> None:
+        """Keep everything from now on until the next `crop`, so that it can go back any distance."""
+        for history in self._histories():
+            history.record()
+
+    def _histories(self) -> list:
+        return [state for state in self.states.values() if hasattr(state, "record")]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Forgets the last `-tokens_to_remove` columns (tokens or padding). Exact as far back as the window reaches (any
+        distance after `activate_past_recording`).
+
+        Raises: ValueError if `tokens_to_remove` is positive, goes back beyond the first token, or beyond what is kept.
+        """
+        columns = -_as_int("tokens_to_remove", tokens_to_remove)
+        if columns < 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 or negative, got {-columns}: pass minus the number of tokens to forget."
+            )
+        if columns > self.get_seq_length():
+            raise ValueError(f"Cannot forget {columns} tokens: the cache holds {self.get_seq_length()}.")
+        self._settle()
+        if columns:
+            self._crop(columns)
+        for history in self._histories():
+            history.shrink()
+
+    def _crop(self, columns: int) -> None:
+        tokens = self.rows.tokens_of(columns)
+        needs = {state: needed for layer in self.layers for state, needed in layer.needs()}
+        needs[self.hidden] = self.header["chunk_size"] - 1
+        kept = tokens is not None and all(history.can_crop(tokens, needed) for history, needed in needs.items())
+        if not kept or not self.rows.can_crop(tokens):
+            raise ValueError(
+                f"Cannot forget {columns} tokens: what the sliding window of {self.header['sliding_window']} tokens "
+                "saw before them is no longer kept. Call `activate_past_recording()` before adding them, or start "
+                "again from an empty cache."
+            )
+        most = tokens if isinstance(tokens, int) else int(tokens.max())
+        for history in needs:
+            history.crop(tokens, most)
+        self.rows.crop(columns, tokens, most)
+        self.memory.crop(self.rows.most_chunks(self.header["chunk_size"]))
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._settle()
+        for state in self.states.values():
+            state.apply(function)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes row `beam_idx[i]` row i; int64 [B]."""
+        if self.batch_size < 0:
+            return
+        _check_rows("beam_idx", beam_idx, self.batch_size)
+        if not torch.equal(beam_idx, torch.arange(self.batch_size, device=beam_idx.device)):
+            self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        if (repeats := _as_int("repeats", repeats)) < 1:
+            raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
+        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices`, integers [n], or those where `indices`, bool [B], is true."""
+        if self.batch_size < 0:
+            return
+        _check_rows("indices", indices, self.batch_size)
+        self._apply(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._before = None
+        for state in self.states.values():
+            state.reset()
+
+
+def _as_int(name: str, value) -> int:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()  # assisted generation of Transformers 5.17 passes a tensor
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    return value
+
+
+def _check_rows(name: str, rows: torch.Tensor, batch: int) -> None:
+    """Of indices on a CPU the values, too: elsewhere it would wait for the device."""
+    if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
+        given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, torch.Tensor) else repr(rows)
+        raise ValueError(f"`{name}` must be a tensor [n] of rows, got {given}.")
+    if rows.dtype == torch.bool and len(rows) != batch:
+        raise ValueError(f"`{name}` must have one entry for each of the {batch} rows of the cache, got {len(rows)}.")
+    if rows.dtype != torch.bool and rows.device.type == "cpu" and len(rows):
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= batch:
+            raise ValueError(f"`{name}` must be in [0, {batch}), the rows of the cache, got {low} to {high}.")

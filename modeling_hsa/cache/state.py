@@ -1,0 +1,46 @@
+"""What everything that a cache remembers has in common."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def writable(buffer: torch.Tensor) -> torch.Tensor:
+    """A tensor made under `torch.inference_mode` cannot be written outside it; a copy of it can."""
+    if torch.compiler.is_compiling():
+        return buffer
+    return buffer.clone() if buffer.is_inference() and not torch.is_inference_mode_enabled() else buffer
+
+
+class State:
+    """
+    A part of a cache. What it remembers are the attributes named in `fields`: numbers, and tensors whose first
+    dimension are the rows.
+
+    A call takes effect when it is committed. Until then what the state held at its start is not overwritten, so that
+    `state_dict`, which holds references, is enough to go back.
+    """
+
+    fields: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in self.fields}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.fields:
+            setattr(self, name, state[name])
+
+    def commit(self, layout) -> None:
+        """The call of `layout`, a [`TokenLayout`], has gone through."""
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Changes the rows: `function` takes tensors [B, ...]."""
+        for name in self.fields:
+            if isinstance(value := getattr(self, name), torch.Tensor):
+                setattr(self, name, function(value))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows, or None before anything was stored."""
+        tensors = (value for value in self.state_dict().values() if isinstance(value, torch.Tensor))
+        return next((x.shape[0] for x in tensors), None)

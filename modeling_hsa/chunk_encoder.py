@@ -1,0 +1,107 @@
+"""The chunk encoder: every complete chunk of hidden states becomes a landmark, keys and values (section 3.2)."""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from configuration_hsa import HSAConfig
+
+from .attention import HSAEncoderAttention
+from .cache.history import TokenHistory
+from .cache.memory import ChunkMemory
+from .cache.ring import TokenRing
+from .layout import TokenLayout, cut_chunks
+from .modules import HSAMLP, HSARMSNorm, HSARotaryEmbedding, head_norm
+
+
+class HSAEncoderLayer(GradientCheckpointingLayer):
+    """A bidirectional layer over the tokens of one chunk, [chunks, tokens, hidden]."""
+
+    def __init__(self, config: HSAConfig):
+        super().__init__()
+        self.self_attn = HSAEncoderAttention(config)
+        self.mlp = HSAMLP(config, config.encoder_intermediate_size)
+        self.input_layernorm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), position_embeddings)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class HSAChunkEncoder(nn.Module):
+    """
+    A query's score with the landmark has to stand for the attention mass the query would give the chunk,
+    `sum_j exp(q . k_j)`, which is not linear in the keys: hence an encoder rather than pooling, and a CLS token of its
+    own rather than making the content serve retrieval too.
+    """
+
+    def __init__(self, config: HSAConfig):
+        super().__init__()
+        self.config = config
+        self.use_cls = config.chunk_landmark == "cls"
+        if self.use_cls:
+            self.cls_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.layers = nn.ModuleList([HSAEncoderLayer(config) for _ in range(config.num_encoder_layers)])
+        self.norm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.landmark_proj = nn.Linear(
+            config.hidden_size, config.num_retrieval_heads * config.retrieval_dim, bias=False
+        )
+        self.landmark_norm = head_norm(config, config.landmark_norm, config.retrieval_dim)
+        self.k_proj = nn.Linear(config.hidden_size, config.hsa_num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hsa_num_key_value_heads * config.head_dim, bias=False)
+        self.k_norm = head_norm(config, config.hsa_qk_norm, config.head_dim)
+        self.rotary_emb = HSARotaryEmbedding(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: TokenLayout,
+        memory: ChunkMemory,
+        history: TokenHistory | TokenRing | None = None,
+    ) -> ChunkMemory:
+        """
+        Adds the chunks that the call completes to the memory, which it returns.
+
+        Args:
+            hidden_states: [B, L, hidden].
+            history: of a cache, the hidden states of the tokens that are in no complete chunk yet.
+        """
+        hidden_states = layout.align(hidden_states)
+        if history is not None:
+            hidden_states = history.append(hidden_states, layout)
+        chunks = cut_chunks(hidden_states, layout, self.config.chunk_size)  # [B, n, S, hidden]
+        batch, num_chunks = chunks.shape[:2]
+        if batch * num_chunks:
+            new = self.encode(chunks.flatten(0, 1))
+        elif self.training and torch.is_grad_enabled():
+            # A chunk of zeros, dropped at once, gives every parameter a (zero) gradient, which data-parallel training
+            # needs.
+            new = tuple(x[:0] for x in self.encode(chunks.new_zeros(1, *chunks.shape[2:])))
+        else:
+            new = self._no_chunks(chunks)
+        memory.append(*(x.unflatten(0, (batch, num_chunks)) for x in new), layout)
+        return memory
+
+    def encode(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """chunks [N, S, hidden] -> landmarks [N, Hr, d_r], keys and values [N, S, Hkv, D]. No position across chunks."""
+        if self.use_cls:
+            chunks = torch.cat([chunks, self.cls_token.to(chunks.dtype).expand(len(chunks), 1, -1)], dim=1)
+        positions = torch.arange(chunks.shape[1], device=chunks.device)[None]
+        position_embeddings = self.rotary_emb(chunks, positions)
+        for layer in self.layers:
+            chunks = layer(chunks, position_embeddings)
+        chunks = self.norm(chunks)
+        tokens = chunks[:, : self.config.chunk_size]
+        summary = chunks[:, -1] if self.use_cls else tokens.mean(dim=1)
+        landmarks = self.landmark_norm(self.landmark_proj(summary).unflatten(-1, (-1, self.config.retrieval_dim)))
+        keys = self.k_norm(self.k_proj(tokens).unflatten(-1, (-1, self.config.head_dim)))
+        values = self.v_proj(tokens).unflatten(-1, (-1, self.config.head_dim))
+        return landmarks, keys, values
+
+    def _no_chunks(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `encode` of no chunks: not every layer that takes the place of `nn.Linear` takes empty inputs."""
+        config = self.config
+        landmarks = chunks.new_empty(0, config.num_retrieval_heads, config.retrieval_dim)
+        keys = chunks.new_empty(0, config.chunk_size, config.hsa_num_key_value_heads, config.head_dim)
+        return landmarks, keys, keys
