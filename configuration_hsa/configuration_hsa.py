@@ -4,22 +4,93 @@ from .versions import check_versions  # isort: skip
 
 check_versions()  # before anything that older versions of Transformers do not have
 
-from typing import ClassVar  # noqa: E402
+import sys  # noqa: E402
+from dataclasses import field, fields  # noqa: E402
+from typing import Any, ClassVar  # noqa: E402
 
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
 
-CHUNK_LANDMARKS = ("cls", "mean")
-CHUNK_WEIGHTINGS = ("softmax", "stick_breaking", "joint")
-HSA_RESIDUALS = ("bypass", "standard")
-HSA_IMPLEMENTATIONS = ("auto", "triton", "torch", "naive")
-# RoPE variants whose frequencies do not depend on the length of the input: with any other one, a prompt read in
-# segments would be rotated differently from the same prompt read at once.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# The kinds of decoder layers. Window and full attention rotate by the same `rope_parameters`.
+LAYER_TYPES = ("sliding_attention", "full_attention", "hsa")
+# The short form of the paper's pattern of layers, and its setting.
+_LAYER_COUNTS = {"num_lower_layers": 8, "num_upper_layers": 6, "num_upper_groups": 2}
+# Fields that are as another one where they are left out.
+_FOLLOWERS = {
+    "encoder_intermediate_size": "intermediate_size",
+    "hsa_intermediate_size": "intermediate_size",
+    "hsa_qk_norm": "qk_norm",
+    "attention_output_bias": "attention_bias",
+}
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _HSA_FIELD_PREFIXES = (
     "chunk_", "hsa_", "retrieval_", "num_retrieval", "num_lower", "num_upper", "num_encoder", "encoder_", "landmark_",
 )  # fmt: skip
+_NEWER = " If the configuration was written by a newer version of HSA for Transformers, upgrade the package."
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    """Whether it is an integer or a float that is finite."""
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+# RoPE variants whose frequencies do not depend on the length of the input, and what each has to and may be given. With
+# any other, a prompt read in segments would be rotated differently from the same prompt read at once.
+ROPE_TYPES = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+_ROPE_FIELDS = {  # those that are not any number above 0
+    "rope_theta": (lambda x: _is_number(x) and x > 1, "a finite number above 1"),
+    "factor": (lambda x: _is_number(x) and x >= 1, "a finite number of at least 1"),
+    "original_max_position_embeddings": (lambda x: _is_int(x) and x >= 1, "an integer of at least 1"),
+    "truncate": (lambda x: isinstance(x, bool), "True or False"),
+}
+_YARN_BETAS = {"beta_slow": 1, "beta_fast": 32}  # where they are left out
+
+# Fields of the configuration: a default, what is accepted, and how an error says so.
+
+
+def _field(default, accepts, expected: str, hint: str = "") -> Any:
+    return field(default=default, metadata={"accepts": accepts, "expected": expected, "hint": hint})
+
+
+def _integer(default: int | None, minimum: int = 1, or_none: bool = False) -> Any:
+    """With `or_none`, None is a value of the finished configuration; else it is for what is derived by then."""
+    expected = f"an integer of at least {minimum}{' or None' * or_none}"
+    return _field(default, lambda x: (or_none and x is None) or (_is_int(x) and x >= minimum), expected)
+
+
+def _number(default: float, low: float = 0.0, high: float = float("inf")) -> Any:
+    """A number of [low, high)."""
+    below = "" if high == float("inf") else f" and below {high}"
+    return _field(default, lambda x: _is_number(x) and low <= x < high, f"a finite number of at least {low}{below}")
+
+
+def _switch(default: bool | None) -> Any:
+    return _field(default, lambda x: isinstance(x, bool), "True or False")
+
+
+def _choice(default: str, *others: str) -> Any:
+    choices = (default, *others)
+    accepts = lambda x: isinstance(x, str) and x in choices  # noqa: E731
+    return _field(default, accepts, f"one of {', '.join(map(repr, choices))}", _NEWER)
+
+
+def _layer_pattern(num_lower_layers: int, num_upper_layers: int, num_upper_groups: int) -> list[str]:
+    """The kinds of the layers of the paper's pattern."""
+    group = ["hsa"] + ["sliding_attention"] * (num_upper_layers // num_upper_groups)
+    return ["sliding_attention"] * num_lower_layers + group * num_upper_groups
 
 
 class HSAConfig(PreTrainedConfig):
@@ -36,14 +107,22 @@ class HSAConfig(PreTrainedConfig):
         intermediate_size (`int`, *optional*, defaults to 3072):
             Width of the gated MLP of the decoder layers.
         num_lower_layers (`int`, *optional*, defaults to 8):
-            Sliding-window layers below the chunk encoder.
+            Sliding-window layers below the chunk encoder. This field and the two below are the short form of the
+            paper's pattern; they are None where `layer_types` has another one.
         num_upper_layers (`int`, *optional*, defaults to 6):
             Sliding-window layers above it, shared out evenly over the groups. The HSA layers come on top.
         num_upper_groups (`int`, *optional*, defaults to 2):
             Groups of the upper decoder. Each starts with one HSA layer, so that the decoder has
             `num_hidden_layers = num_lower_layers + num_upper_layers + num_upper_groups` layers.
+        layer_types (`list[str]`, *optional*):
+            The kind of every decoder layer: `"sliding_attention"`, `"full_attention"` or `"hsa"`. Derived from the
+            three fields above by default, and instead of them where the pattern is another one. Without an HSA layer
+            the model has no chunk encoder.
+        chunk_encoder_layer (`int`, *optional*):
+            The chunk encoder reads the output of the first so many layers, `layers[:chunk_encoder_layer]`. At most,
+            and by default, the index of the first HSA layer. None without HSA layers.
         num_hidden_layers (`int`, *optional*):
-            Derived from the three fields above. May be given, but must then agree with them.
+            Derived: the number of `layer_types`. May be given, but must then agree with it.
         num_attention_heads (`int`, *optional*, defaults to 16):
             Query heads of the window attention, of the chunk encoder and of the HSA layers.
         num_key_value_heads (`int`, *optional*, defaults to 4):
@@ -76,6 +155,9 @@ class HSAConfig(PreTrainedConfig):
             Whether an HSA layer starts with window attention.
         hsa_num_key_value_heads (`int`, *optional*, defaults to 1):
             Key/value heads of the chunk memory.
+        hsa_intermediate_size (`int`, *optional*):
+            Width of the MLP of the HSA layers. Defaults to `intermediate_size`. 0 for no MLP, which needs
+            `hsa_residual="standard"`.
         hsa_implementation (`str`, *optional*, defaults to `"auto"`):
             Backend of selection and chunk attention: `"auto"`, `"triton"`, `"torch"` or `"naive"`.
         num_retrieval_heads (`int`, *optional*, defaults to 1):
@@ -91,22 +173,28 @@ class HSAConfig(PreTrainedConfig):
         landmark_norm (`bool`, *optional*, defaults to `False`):
             Whether landmarks and retrieval queries are RMS-normalised.
         qk_norm (`bool`, *optional*, defaults to `True`):
-            Whether queries and keys of every attention are RMS-normalised per head.
+            Whether queries and keys of window attention, full attention and the chunk encoder are RMS-normalised per
+            head.
+        hsa_qk_norm (`bool`, *optional*):
+            Whether the queries of the HSA layers and the keys of the chunk memory are RMS-normalised per head.
+            Defaults to `qk_norm`.
         hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation of the MLPs.
         max_position_embeddings (`int`, *optional*, defaults to 4096):
             Training length in tokens. No limit: the model runs on any length.
         rope_parameters (`dict`, *optional*):
-            RoPE of the window attention and of the chunk encoder, in the form of Transformers v5. `rope_type` is one
-            of `"default"`, `"linear"`, `"llama3"` and `"yarn"`; `rope_theta` defaults to 10000.
+            RoPE of window attention, full attention and the chunk encoder, in the form of Transformers v5.
+            `rope_type` is one of `"default"`, `"linear"`, `"llama3"` and `"yarn"`; `rope_theta` defaults to 10000.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
         rms_norm_eps (`float`, *optional*, defaults to 1e-06):
             Epsilon of the RMS norms.
         attention_bias (`bool`, *optional*, defaults to `False`):
-            Whether the projections of the window attention have biases.
+            Whether the query, key and value projections of window and full attention have biases.
+        attention_output_bias (`bool`, *optional*):
+            Whether their output projections have biases. Defaults to `attention_bias`.
         attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout probability of the window attention weights.
+            Dropout probability of the weights of window and full attention.
         mlp_bias (`bool`, *optional*, defaults to `False`):
             Whether the MLPs have biases.
         use_cache (`bool`, *optional*, defaults to `True`):
@@ -127,7 +215,8 @@ class HSAConfig(PreTrainedConfig):
     ```"""
 
     model_type = "hsa"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # The cache, by its names before and from Transformers 5.24 on.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -138,60 +227,103 @@ class HSAConfig(PreTrainedConfig):
         "layers.*.mlp.down_proj": "rowwise",
     }
 
-    vocab_size: int = 32000
-    hidden_size: int = 1024
-    intermediate_size: int = 3072
-    num_lower_layers: int = 8
-    num_upper_layers: int = 6
-    num_upper_groups: int = 2
+    vocab_size: int = _integer(32000)
+    hidden_size: int = _integer(1024)
+    intermediate_size: int = _integer(3072)
+    num_lower_layers: int | None = _integer(None, 0, or_none=True)
+    num_upper_layers: int | None = _integer(None, 0, or_none=True)
+    num_upper_groups: int | None = _integer(None, 1, or_none=True)
+    layer_types: list[str] | None = None
+    chunk_encoder_layer: int | None = _integer(None, 0, or_none=True)
     num_hidden_layers: int | None = None
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 4
-    head_dim: int | None = None
-    sliding_window: int = 512
-    chunk_size: int = 64
-    chunk_topk: int = 8
-    chunk_landmark: str = "cls"
-    chunk_weighting: str = "softmax"
-    num_encoder_layers: int = 1
-    encoder_intermediate_size: int | None = None
-    encoder_attention_bias: bool = False
-    hsa_residual: str = "bypass"
-    hsa_local_attention: bool = True
-    hsa_num_key_value_heads: int = 1
-    hsa_implementation: str = "auto"
-    num_retrieval_heads: int = 1
-    retrieval_dim: int = 256
-    retrieval_stride: int = 1
-    retrieval_distance_penalty: float = 0.0
-    landmark_norm: bool = False
-    qk_norm: bool = True
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 4096
+    num_attention_heads: int = _integer(16)
+    num_key_value_heads: int = _integer(4)
+    head_dim: int | None = _integer(None, 2)
+    sliding_window: int = _integer(512)
+    chunk_size: int = _integer(64, 16)
+    chunk_topk: int = _integer(8)
+    chunk_landmark: str = _choice("cls", "mean")
+    chunk_weighting: str = _choice("softmax", "stick_breaking", "joint")
+    num_encoder_layers: int = _integer(1, 0)
+    encoder_intermediate_size: int | None = _integer(None)
+    encoder_attention_bias: bool = _switch(False)
+    hsa_residual: str = _choice("bypass", "standard")
+    hsa_local_attention: bool = _switch(True)
+    hsa_num_key_value_heads: int = _integer(1)
+    hsa_intermediate_size: int | None = _integer(None, 0)
+    hsa_implementation: str = _choice("auto", "triton", "torch", "naive")
+    num_retrieval_heads: int = _integer(1)
+    retrieval_dim: int = _integer(256)
+    retrieval_stride: int = _integer(1)
+    retrieval_distance_penalty: float = _number(0.0)
+    landmark_norm: bool = _switch(False)
+    qk_norm: bool = _switch(True)
+    hsa_qk_norm: bool | None = _switch(None)
+    hidden_act: str = _field(
+        "silu", lambda x: isinstance(x, str) and x in ACT2FN, "an activation of Transformers such as 'silu' or 'gelu'"
+    )
+    max_position_embeddings: int = _integer(4096)
     rope_parameters: dict | None = None
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
-    mlp_bias: bool = False
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
+    initializer_range: float = _number(0.02)
+    rms_norm_eps: float = _number(1e-6)
+    attention_bias: bool = _switch(False)
+    attention_output_bias: bool | None = _switch(None)
+    attention_dropout: float = _number(0.0, high=1.0)
+    mlp_bias: bool = _switch(False)
+    use_cache: bool = _switch(True)
+    tie_word_embeddings: bool = _switch(True)
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
         self._check_unknown_fields(kwargs)
-        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
-            raise ValueError(f"`rope_parameters` must be a dictionary, got {self.rope_parameters!r}.")
         if self.head_dim is None and _is_int(self.hidden_size) and _is_int(self.num_attention_heads):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        if self.encoder_intermediate_size is None:
-            self.encoder_intermediate_size = self.intermediate_size
-        if self.num_hidden_layers is None and all(_is_int(getattr(self, name)) for name in _LAYER_COUNTS):
-            self.num_hidden_layers = sum(getattr(self, name) for name in _LAYER_COUNTS)
+        for name, followed in _FOLLOWERS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self, followed))
+        self._check_fields()
+        self._derive_layers()
+        self._check_older_rope(kwargs)
         super().__post_init__(**kwargs)
         self.validate_hsa()
+
+    def _derive_layers(self) -> None:
+        """Fills `layer_types`, `chunk_encoder_layer`, the counts and `num_hidden_layers`, where they were left out."""
+        if self.layer_types is None:
+            counts = {name: getattr(self, name) for name in _LAYER_COUNTS}
+            counts = {name: _LAYER_COUNTS[name] if count is None else count for name, count in counts.items()}
+            if counts["num_upper_layers"] % counts["num_upper_groups"]:
+                raise ValueError(
+                    f"`num_upper_groups` ({counts['num_upper_groups']}) must divide `num_upper_layers` "
+                    f"({counts['num_upper_layers']}). Write another pattern as `layer_types`."
+                )
+            self.layer_types = _layer_pattern(**counts)
+            self.update(dict.fromkeys(_LAYER_COUNTS))
+        self._check_kinds()
+        self.layer_types = list(self.layer_types)
+        if self.chunk_encoder_layer is None:
+            self.chunk_encoder_layer = self._first_hsa_layer
+        for name, count in self._counts_of_layers().items():
+            if getattr(self, name) is None:
+                setattr(self, name, count)
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = len(self.layer_types)
+
+    @property
+    def _first_hsa_layer(self) -> int | None:
+        return self.layer_types.index("hsa") if "hsa" in self.layer_types else None
+
+    def _counts_of_layers(self) -> dict[str, int | None]:
+        """The counts that are short for `layer_types` and `chunk_encoder_layer`; None each if there are none."""
+        lower, groups = self._first_hsa_layer, self.layer_types.count("hsa")
+        if lower is not None and self.chunk_encoder_layer == lower:
+            upper = len(self.layer_types) - lower - groups
+            counts = dict(zip(_LAYER_COUNTS, (lower, upper, groups)))
+            if _layer_pattern(**counts) == self.layer_types:
+                return counts
+        return dict.fromkeys(_LAYER_COUNTS)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -204,7 +336,7 @@ class HSAConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """
         As in Transformers, but what overrides a field (`from_pretrained(..., num_lower_layers=4)`) is validated like
-        the rest, and `num_hidden_layers` follows it. Raises `ValueError` for the configuration of another model type.
+        the rest, and what is derived from it follows. Raises `ValueError` for the configuration of another model type.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -214,15 +346,35 @@ class HSAConfig(PreTrainedConfig):
             )
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
         config_dict = {**config_dict, **overrides}
-        if "num_hidden_layers" not in overrides and overrides.keys() & _LAYER_COUNTS:
-            config_dict.pop("num_hidden_layers", None)
+        replaced = set()
+        if overrides.keys() & {*_LAYER_COUNTS, "layer_types"}:
+            replaced.add("num_hidden_layers")
+        if overrides.get("layer_types") is not None:
+            replaced.update(_LAYER_COUNTS)
+        for name in replaced - overrides.keys():
+            config_dict.pop(name, None)
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        As in Transformers, without what is derived from other fields: `layer_types` where the counts say as much, and
+        the rest where it has its default. Earlier versions of HSA for Transformers thus load what they can run.
+        """
+        output = super().to_dict()
+        counts = self._counts_of_layers()
+        if None not in counts.values() and all(output[name] == count for name, count in counts.items()):
+            del output["layer_types"]
+        if self.chunk_encoder_layer == self._first_hsa_layer:
+            del output["chunk_encoder_layer"]
+        for name, followed in _FOLLOWERS.items():
+            if output[name] == output[followed]:
+                del output[name]
+        return output
 
     @property
     def hsa_layers(self) -> list[bool]:
         """For each of the `num_hidden_layers` decoder layers, whether it is an HSA layer."""
-        group = [True] + [False] * (self.num_upper_layers // self.num_upper_groups)
-        return [False] * self.num_lower_layers + group * self.num_upper_groups
+        return [kind == "hsa" for kind in self.layer_types]
 
     def _check_unknown_fields(self, fields: dict) -> None:
         known = set(type(self).__dataclass_fields__)
@@ -233,41 +385,76 @@ class HSAConfig(PreTrainedConfig):
                     "configuration was written by a newer version of HSA for Transformers, upgrade the package."
                 )
 
+    def _check_fields(self) -> None:
+        """What can be said of each field alone."""
+        for one in fields(HSAConfig):
+            value = getattr(self, one.name)
+            if "accepts" in one.metadata and not one.metadata["accepts"](value):
+                expected, hint = one.metadata["expected"], one.metadata["hint"]
+                raise ValueError(f"`{one.name}` must be {expected}, got {value!r}.{hint}")
+
+    def _check_kinds(self) -> None:
+        kinds = self.layer_types
+        if not isinstance(kinds, (list, tuple)) or not kinds:
+            raise ValueError(f"`layer_types` must be a list of the kind of every layer, got {kinds!r}.")
+        for index, kind in enumerate(kinds):
+            if not isinstance(kind, str) or kind not in LAYER_TYPES:
+                raise ValueError(
+                    f"`layer_types[{index}]` must be one of {', '.join(map(repr, LAYER_TYPES))}, got {kind!r}.{_NEWER}"
+                )
+
+    def validate(self) -> None:
+        """What Transformers calls before it saves. Its own would not know the kind of layers `"hsa"`."""
+        self.validate_output_attentions()
+        self.validate_hsa()
+
+    # Not in the way of `@strict`, which gives a subclass its own: of all its methods `validate_*`.
+    validate.__is_defined_by_strict_decorator__ = True
+
+    def validate_layer_type(self) -> None:
+        """
+        In place of that of Transformers. Raises `ValueError` for unknown kinds of layers, and for `layer_types`,
+        `chunk_encoder_layer`, the counts and `num_hidden_layers` that do not agree.
+        """
+        self._check_kinds()
+        if not _is_int(self.num_hidden_layers) or self.num_hidden_layers != len(self.layer_types):
+            raise ValueError(
+                f"`num_hidden_layers` ({self.num_hidden_layers!r}) is derived: `layer_types`, or num_lower_layers + "
+                f"num_upper_layers + num_upper_groups, make it {len(self.layer_types)}. Leave it out, or change those."
+            )
+        first, encoder = self._first_hsa_layer, self.chunk_encoder_layer
+        if first is None and encoder is not None:
+            raise ValueError(
+                f"`chunk_encoder_layer` ({encoder!r}) must be None for `layer_types` without an 'hsa' layer, as there "
+                "is no chunk encoder then. Leave it out."
+            )
+        if first is not None and not (_is_int(encoder) and 0 <= encoder <= first):
+            raise ValueError(
+                f"`chunk_encoder_layer` must be an integer from 0 to {first}, the index of the first 'hsa' layer in "
+                f"`layer_types`, got {encoder!r}: the encoder has to run before. Leave it out for {first}."
+            )
+        for name, count in self._counts_of_layers().items():
+            if getattr(self, name) != count:
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)!r}) does not agree with `layer_types` and `chunk_encoder_layer`, "
+                    f"which make it {count}. Give either the counts or `layer_types`; to change them, make a new "
+                    "configuration, or override them in `from_pretrained`."
+                )
+
     def validate_hsa(self) -> None:
         """Raises `ValueError` for the first field found out of range. Called on construction and by the model."""
-        for field, minimum in _INTEGER_MINIMA.items():
-            value = getattr(self, field)
-            if not _is_int(value) or value < minimum:
-                raise ValueError(f"`{field}` must be an integer of at least {minimum}, got {value!r}.")
-        for field in _BOOLEANS:
-            if not isinstance(value := getattr(self, field), bool):
-                raise ValueError(f"`{field}` must be True or False, got {value!r}.")
-        for field, (low, high) in _NUMBER_RANGES.items():
-            value = getattr(self, field)
-            if not _is_number(value) or not low <= value < high:
-                raise ValueError(f"`{field}` must be a number of at least {low} and below {high}, got {value!r}.")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"`hidden_act` must be an activation of Transformers such as 'silu' or 'gelu', got "
-                f"{self.hidden_act!r}."
-            )
-        for field, values in _CHOICES.items():
-            if (value := getattr(self, field)) not in values:
-                raise ValueError(
-                    f"`{field}` must be one of {', '.join(map(repr, values))}, got {value!r}. If the configuration "
-                    "was written by a newer version of HSA for Transformers, upgrade the package."
-                )
+        self._check_fields()
+        self.validate_layer_type()
         if self.chunk_size % 16:
             raise ValueError(
                 f"`chunk_size` must be a multiple of 16, got {self.chunk_size}; 64 is the paper's setting."
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even, as RoPE rotates pairs, got {self.head_dim}.")
-        for field in ("num_key_value_heads", "hsa_num_key_value_heads", "num_retrieval_heads"):
-            if self.num_attention_heads % getattr(self, field):
+        for name in ("num_key_value_heads", "hsa_num_key_value_heads", "num_retrieval_heads"):
+            if self.num_attention_heads % getattr(self, name):
                 raise ValueError(
-                    f"`{field}` ({getattr(self, field)}) must divide `num_attention_heads` "
-                    f"({self.num_attention_heads})."
+                    f"`{name}` ({getattr(self, name)}) must divide `num_attention_heads` ({self.num_attention_heads})."
                 )
         few, many = sorted((self.hsa_num_key_value_heads, self.num_retrieval_heads))
         if many % few:
@@ -275,93 +462,92 @@ class HSAConfig(PreTrainedConfig):
                 f"One of `hsa_num_key_value_heads` ({self.hsa_num_key_value_heads}) and `num_retrieval_heads` "
                 f"({self.num_retrieval_heads}) must divide the other."
             )
-        if self.num_upper_layers % self.num_upper_groups:
-            raise ValueError(
-                f"`num_upper_groups` ({self.num_upper_groups}) must divide `num_upper_layers` "
-                f"({self.num_upper_layers})."
-            )
-        layers = self.num_lower_layers + self.num_upper_layers + self.num_upper_groups
-        if self.num_hidden_layers != layers:
-            raise ValueError(
-                f"`num_hidden_layers` ({self.num_hidden_layers}) is derived: num_lower_layers + num_upper_layers + "
-                f"num_upper_groups = {layers}. Leave it out, or change those three."
-            )
         if self.num_encoder_layers == 0 and self.chunk_landmark == "cls":
             raise ValueError(
                 "`chunk_landmark='cls'` needs `num_encoder_layers` of at least 1: without an encoder the CLS token is "
                 "the same for every chunk. Use `chunk_landmark='mean'`, or add an encoder layer."
             )
-        self._validate_rope(self.rope_parameters or {})
+        if self.hsa_intermediate_size == 0 and self.hsa_residual == "bypass":
+            raise ValueError(
+                "`hsa_intermediate_size=0` needs `hsa_residual='standard'`: with 'bypass' what is retrieved goes "
+                "through the MLP only, and would not reach the stream. Use 'standard', or a width of at least 1."
+            )
+        self._validate_token_ids()
+        self._validate_rope()
 
-    @staticmethod
-    def _validate_rope(rope: dict) -> None:
-        rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 10000.0)
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(
-                f"`rope_parameters['rope_type']` must be one of {', '.join(map(repr, ROPE_TYPES))}, got "
-                f"{rope_type!r}: frequencies that change with the input length would make segmented prefill "
-                "differ from one pass."
-            )
-        if not _is_number(theta) or not theta > 0:
-            raise ValueError(f"`rope_parameters['rope_theta']` must be a positive number, got {theta!r}.")
-        if rope_type != "default" and not (_is_number(factor := rope.get("factor")) and factor >= 1):
-            raise ValueError(
-                f"`rope_parameters['factor']` must be a number of at least 1 for rope_type {rope_type!r}, got "
-                f"{factor!r}."
-            )
-        for name in _ROPE_NUMBERS.get(rope_type, ()):
-            if not _is_number(value := rope.get(name)):
+    def _validate_token_ids(self) -> None:
+        for name in _SPECIAL_TOKENS:
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if value is not None and not all(_is_int(one) and 0 <= one < self.vocab_size for one in ids):
                 raise ValueError(
-                    f"`rope_parameters[{name!r}]` must be a number for rope_type 'llama3', got {value!r}."
+                    f"`{name}` must be None or {'token ids' if name == 'eos_token_id' else 'a token id'} from 0 to "
+                    f"{self.vocab_size - 1}, as `vocab_size` is {self.vocab_size}, got {value!r}."
                 )
 
+    def _check_older_rope(self, kwargs: dict) -> None:
+        """RoPE in the words of Transformers before v5, of which only one of two that differ would be read."""
+        rope, scaling = self.rope_parameters, kwargs.get("rope_scaling")
+        for name, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"`{name}` must be a dictionary, got {value!r}.")
+        if rope and scaling and rope != scaling:
+            raise ValueError(
+                f"`rope_scaling` ({scaling!r}) is an older name of `rope_parameters` ({rope!r}). Give one of them."
+            )
+        rope = rope or scaling or {}
+        for name in LAYER_TYPES:
+            if name in rope:
+                raise ValueError(f"`rope_parameters` are those of all layers: it has no part {name!r}. Give one set.")
+        for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+            if name in kwargs and rope.get(name, kwargs[name]) != kwargs[name]:
+                raise ValueError(
+                    f"`{name}` ({kwargs[name]!r}) does not agree with `rope_parameters[{name!r}]` ({rope[name]!r}). "
+                    "Leave out one of them."
+                )
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def _validate_rope(self) -> None:
+        rope = self.rope_parameters or {}
+        rope_type, where = rope.get("rope_type", "default"), "rope_parameters"
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"`{where}['rope_type']` must be one of {', '.join(map(repr, ROPE_TYPES))}, got {rope_type!r}: "
+                "frequencies that change with the input length would make segmented prefill differ from one pass."
+            )
+        required, optional = ROPE_TYPES[rope_type]
+        for name, value in rope.items():
+            if name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *required, *optional):
+                raise ValueError(
+                    f"`{where}[{name!r}]` ({value!r}) is not read by rope_type {rope_type!r}. Leave it out, or choose "
+                    "another `rope_type`."
+                )
+        for name in ("rope_theta", *required, *optional):
+            accepts, expected = _ROPE_FIELDS.get(name, (lambda x: _is_number(x) and x > 0, "a finite number above 0"))
+            value = rope.get(name, 10000.0 if name == "rope_theta" else None)
+            if not accepts(value) and not (value is None and name in optional):
+                raise ValueError(f"`{where}[{name!r}]` must be {expected} for rope_type {rope_type!r}, got {value!r}.")
+        if rope.get("type", rope_type) != rope_type:
+            raise ValueError(f"`{where}['type']` ({rope['type']!r}) is an older name of 'rope_type' ({rope_type!r}).")
+        if (factor := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError(f"`{where}['partial_rotary_factor']` must be 1, as heads rotate whole, got {factor!r}.")
+        if rope_type == "llama3":
+            self._check_rope_order("low_freq_factor", "high_freq_factor")
+        if rope_type == "yarn":
+            self._check_rope_order("beta_slow", "beta_fast")
+            scales = [name for name in ("mscale", "mscale_all_dim") if rope.get(name) is not None]
+            if len(scales) == 1 or (scales and rope.get("attention_factor") is not None):
+                raise ValueError(
+                    f"`{where}[{scales[0]!r}]` is read only if 'mscale' and 'mscale_all_dim' are both given and "
+                    "'attention_factor' is not. Leave it out, or give what it needs."
+                )
 
+    def _check_rope_order(self, low: str, high: str) -> None:
+        low_value, high_value = (self.rope_parameters.get(name) or _YARN_BETAS.get(name) for name in (low, high))
+        if not low_value < high_value:
+            raise ValueError(
+                f"`rope_parameters[{low!r}]` ({low_value!r}) must be less than `rope_parameters[{high!r}]` "
+                f"({high_value!r})."
+            )
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_ROPE_NUMBERS = {"llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-_LAYER_COUNTS = ("num_lower_layers", "num_upper_layers", "num_upper_groups")
-_NUMBER_RANGES = {
-    "initializer_range": (0.0, float("inf")),
-    "rms_norm_eps": (0.0, float("inf")),
-    "attention_dropout": (0.0, 1.0),
-    "retrieval_distance_penalty": (0.0, float("inf")),
-}
-_INTEGER_MINIMA = {
-    "vocab_size": 1,
-    "hidden_size": 1,
-    "intermediate_size": 1,
-    "num_lower_layers": 0,
-    "num_upper_layers": 0,
-    "num_upper_groups": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 2,
-    "sliding_window": 1,
-    "chunk_size": 16,
-    "chunk_topk": 1,
-    "num_encoder_layers": 0,
-    "encoder_intermediate_size": 1,
-    "hsa_num_key_value_heads": 1,
-    "num_retrieval_heads": 1,
-    "retrieval_dim": 1,
-    "retrieval_stride": 1,
-    "max_position_embeddings": 1,
-}
-_BOOLEANS = (
-    "use_cache", "encoder_attention_bias", "hsa_local_attention", "landmark_norm", "qk_norm", "attention_bias",
-    "mlp_bias", "tie_word_embeddings",
-)  # fmt: skip
-_CHOICES = {
-    "chunk_landmark": CHUNK_LANDMARKS,
-    "chunk_weighting": CHUNK_WEIGHTINGS,
-    "hsa_residual": HSA_RESIDUALS,
-    "hsa_implementation": HSA_IMPLEMENTATIONS,
-}
 
 __all__ = ["HSAConfig"]
