@@ -1,4 +1,4 @@
-"""Attention to tokens: to the window, to the whole document, and inside a chunk. All through Transformers' interface."""
+"""Attention to the window, to the whole document and inside a chunk, through the interface of Transformers."""
 
 from collections.abc import Callable
 

@@ -84,7 +84,7 @@ class HSAChunkEncoder(nn.Module):
         return memory
 
     def encode(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """chunks [N, S, hidden] -> landmarks [N, Hr, d_r], keys and values [N, S, Hkv, D]. No position across chunks."""
+        """chunks [N, S, hidden] -> landmarks [N, Hr, d_r], keys and values [N, S, Hkv, D]; no position across."""
         if self.use_cls:
             chunks = torch.cat([chunks, self.cls_token.to(chunks.dtype).expand(len(chunks), 1, -1)], dim=1)
         positions = torch.arange(chunks.shape[1], device=chunks.device)[None]

@@ -305,7 +305,7 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
         start = total - length - rest
         return hidden_states[:, start : start + n * chunk_size].unflatten(1, (n, chunk_size))
     ends = layout.chunk_end
-    # Without earlier tokens the bound is known; with them, the device is asked rather than a chunk encoded for nothing.
+    # Without earlier tokens a bound is known; with them the device is asked, as few calls complete a chunk.
     n = length // chunk_size if total == length else int(ends.sum(1).max())
     rank = torch.where(ends, ends.cumsum(1) - 1, n)
     slot = torch.arange(length, device=ends.device).expand_as(ends)

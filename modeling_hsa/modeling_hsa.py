@@ -9,10 +9,13 @@ What differs from Llama:
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -40,6 +43,7 @@ from .cache.hsa_cache import HSACache
 from .cache.memory import CallMemory
 from .cache.static_cache import HSAStaticCache
 from .chunk_encoder import HSAChunkEncoder
+from .config_guard import ConfigGuard
 from .hub import save_code
 from .kinds import LAYER_KINDS
 from .layers import HSALayer
@@ -72,6 +76,16 @@ class HSACausalLMOutputWithPast(CausalLMOutputWithPast):
     """
 
     retrieval: tuple[ChunkRetrieval, ...] | None = None
+
+
+def _through_arguments(checkpoint_function: Callable) -> Callable:
+    """Reentrant checkpointing sees tensors that are arguments, but not those inside of one, as in a chunk memory."""
+
+    def run(function, *args):
+        leaves, spec = pytree.tree_flatten(args)
+        return checkpoint_function(lambda *leaves: function(*pytree.tree_unflatten(leaves, spec)), *leaves)
+
+    return run
 
 
 class HSAPreTrainedModel(PreTrainedModel):
@@ -109,6 +123,9 @@ class HSAPreTrainedModel(PreTrainedModel):
         if isinstance(module, HSAChunkEncoder) and module.use_cls:
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        super()._set_gradient_checkpointing(enable, _through_arguments(gradient_checkpointing_func), **kwargs)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """
         As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
@@ -140,6 +157,7 @@ class HSAModel(HSAPreTrainedModel):
         self.norm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HSARotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._config_guard = ConfigGuard(config)
         self.post_init()
 
     @takes_cache
@@ -172,6 +190,8 @@ class HSAModel(HSAPreTrainedModel):
             ValueError: for inputs that do not fit together, with the name of the argument and the fix.
             TypeError: for a cache of another kind.
         """
+        if not torch.compiler.is_compiling():
+            self._config_guard.check(self.config)
         self._check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

@@ -55,9 +55,10 @@ class Rows:
     """
 
     def __init__(self, *rows: str):
-        length = max(map(len, rows))
+        length = max(map(len, rows), default=0)
         if any(len(row) != length for row in rows):
             raise ValueError(f"Rows must have one length, got {[len(row) for row in rows]}.")
+        self.strings = rows
         self.ids = random_ids(len(rows), length)
         self.attention_mask = torch.tensor([[int(column != ".") for column in row] for row in rows])
         self.position_ids = torch.randint(0, 1000, (len(rows), length))
@@ -88,6 +89,20 @@ class Rows:
             inputs["position_ids"] = self.position_ids
         return inputs
 
+    def extended(self, *columns: str) -> "Rows":
+        """The batch with more columns."""
+        extended = Rows(*(a + b for a, b in zip(self.strings or [""] * len(columns), columns)))
+        length = self.ids.shape[1]
+        if length:
+            extended.ids[:, :length], extended.position_ids[:, :length] = self.ids, self.position_ids
+        return extended
+
+    def shortened(self, columns: int) -> "Rows":
+        """The batch without its last columns."""
+        shortened = Rows(*(row[: len(row) - columns] for row in self.strings))
+        shortened.ids, shortened.position_ids = self.ids[:, :-columns], self.position_ids[:, :-columns]
+        return shortened
+
     def select(self, order: list[int]) -> "Rows":
         """The batch with the rows `order` of this one."""
         selected = copy.copy(self)
@@ -95,6 +110,7 @@ class Rows:
             x[order] for x in (self.ids, self.attention_mask, self.position_ids)
         )
         selected.documents = [(i, columns) for i, row in enumerate(order) for r, columns in self.documents if r == row]
+        selected.strings = tuple(self.strings[i] for i in order)
         selected._expected = {}
         return selected
 

@@ -28,8 +28,8 @@ CACHE_FIELDS = (
 
 class HSACache(Cache):
     """
-    Cache of an HSA model (section 7 of the design): a state per layer, the hidden states of the unfinished chunk, where
-    the rows stand, and the chunk memory. `model(..., use_cache=True)` and `generate` make it by themselves.
+    Cache of an HSA model: a state per layer, the hidden states of the unfinished chunk, where the rows stand, and the
+    chunk memory. `model(..., use_cache=True)` and `generate` make it by themselves.
 
     Rows may be padded, packed and of different lengths: padding is not stored. Gradients do not flow into the cache. A
     call that fails half way leaves the cache as it was.

@@ -67,7 +67,7 @@ def grown(buffer: torch.Tensor | None, like: torch.Tensor, needed: int, reserved
 
 def store(buffer: torch.Tensor, slots: slice | torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Writes new [B, n, ...] to the slots of every row, or to [B, n] row by row. Returns what was written to."""
-    buffer = writable(buffer)
+    buffer, new = writable(buffer), new.to(buffer.dtype)
     if isinstance(slots, slice):
         buffer[:, slots] = new
     else:

@@ -59,7 +59,7 @@ class Rows(State):
         self.tokens = None
 
     def tokens_of(self, columns: int) -> int | torch.Tensor | None:
-        """How many tokens the last `columns` columns hold, [B] where rows differ. None if that is not known any more."""
+        """How many tokens the last `columns` columns hold, [B] where rows differ. None if it is no longer known."""
         if self.tokens is not None:
             return columns
         if columns > self.last_columns.size:

@@ -15,8 +15,8 @@ from .storage import FixedStorage
 class HSAStaticCache(HSACache):
     """
     A cache of fixed size whose decoding steps can be compiled, also with `mode="reduce-overhead"` (CUDA graphs) and
-    `fullgraph=True`: its storage never moves, and where a row stands is known to the device alone, so that a step looks
-    at no value. `generate(cache_implementation="static")` makes it by itself.
+    `fullgraph=True`: its storage never moves, and where a row stands is known to the device alone, so that a step
+    looks at no value. `generate(cache_implementation="static")` makes it by itself.
 
     A step is a call with one token per row and no attention mask: every token counts as real. The chunk encoder runs
     at every step, on the last `chunk_size` tokens; what it makes of an unfinished chunk is overwritten before anybody

@@ -37,8 +37,8 @@ def graphs() -> int:
 
 
 def storage(cache: HSAStaticCache) -> list[torch.Tensor]:
-    rings = [ring.buffer for _, ring in cache._rings if ring.buffer is not None]
-    return [*rings, *cache.memory.buffers, cache.state, cache.count]
+    tensors = [x for state in cache.state_dict().values() for x in state.values() if isinstance(x, torch.Tensor)]
+    return [*tensors, *cache.memory.buffers]
 
 
 def addresses(cache: HSAStaticCache) -> list[int]:
