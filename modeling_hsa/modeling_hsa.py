@@ -50,6 +50,7 @@ from .layers import (
 )
 from .layout import build_layout
 from .naming import CACHE, takes_cache
+from .parallel import check_parallelism
 from .static_cache import HSAStaticCache
 
 
@@ -120,13 +121,18 @@ class HSAPreTrainedModel(PreTrainedModel):
         if isinstance(module, HSAChunkEncoder) and module.use_cls:
             init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        check_parallelism(model.config, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """
         As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
         trust_remote_code=True)` loads the folder where this package is not installed.
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
+        if self.should_save_on_this_rank(is_main_process):
             save_code(save_directory)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
@@ -284,6 +290,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HSAConfig):
         super().__init__(config)

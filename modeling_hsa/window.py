@@ -87,7 +87,7 @@ def window_attention(attention, module, query, key, value, layout: TokenLayout, 
     mask = layout.share(("blocks", *mask_key), mask_of_blocks)
     output, _ = attention(module, query, key, value, mask, **kwargs)
     output = output.view(batch, num_blocks * block, *output.shape[2:])[:, :length]
-    return output, None
+    return output.contiguous(), None  # as tensor parallelism takes it for granted
 
 
 def _aligned_reach(layout: TokenLayout, batch: int, window: int) -> torch.Tensor:
