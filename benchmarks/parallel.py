@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests.distributed import device_maps  # noqa: E402
-from tests.distributed.cases import ON_GPUS  # noqa: E402
+from tests.distributed.cases import ON_CPU, ON_GPUS  # noqa: E402
 from tests.distributed.launch import problems, run_cases, untrained_entries  # noqa: E402
 from tests.helpers import OTHER_ORDER  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
@@ -87,8 +87,9 @@ def main() -> None:
 
     start = time.perf_counter()
     maps = run_device_maps(args.device)
-    cases = run_cases(ON_GPUS, device=args.device)
-    wrong: dict[str, object] = problems(ON_GPUS, cases)
+    names = [name for name in ON_GPUS if args.device == "cuda" or name in ON_CPU]
+    cases = run_cases(names, device=args.device)
+    wrong: dict[str, object] = problems(names, cases)
     wrong |= {
         f"device_map {name}": result
         for name, result in maps.items()

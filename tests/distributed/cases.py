@@ -99,6 +99,8 @@ GROUPS = {
     },
 }
 CASES = {f"{group}-{name}": case for group, cases in GROUPS.items() for name, case in cases.items()}
+# To shard a model, accelerate wants a GPU.
+ON_CPU = tuple(name for name in CASES if not name.startswith("accelerate_fsdp"))
 # One of each kind, within seconds.
 FEW = ("tp-default", "tp-three_heads", "pp-refused", "ddp-uneven", "fsdp-uneven")
 # What may differ between devices, without every switch of the model.

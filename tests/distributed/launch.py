@@ -17,7 +17,7 @@ PROCESSES = 2
 BF16_EXCESS = 2.0
 
 
-def run_cases(cases, device: str = "cpu", timeout: float = 540) -> dict[str, dict]:
+def run_cases(cases, device: str = "cpu", timeout: float = 450) -> dict[str, dict]:
     """
     Runs cases of `cases.CASES` in two processes, on two GPUs with `device="cuda"`.
 
@@ -33,24 +33,29 @@ def run_cases(cases, device: str = "cpu", timeout: float = 540) -> dict[str, dic
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Transformers takes a GPU where there is one
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "results.json"
+        output, log = Path(folder) / "results.json", Path(folder) / "log"
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES))
         command = [sys.executable, *launcher, "-m", "tests.distributed.worker", "--output", str(output)]
-        run = subprocess.run(
-            [*command, "--device", device, *cases],
-            env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+        with log.open("w") as file:
+            run = subprocess.Popen(
+                [*command, "--device", device, *cases], env=environment, cwd=REPOSITORY, stdout=file, stderr=file
+            )
+            try:
+                run.wait(timeout)
+            except subprocess.TimeoutExpired:
+                run.terminate()  # the launcher ends its processes
+                run.wait()
         results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    if run.returncode:
-        died = next(name for name in cases if name not in results)
-        results[died] = {"failure": run.stdout[-1000:] + run.stderr[-3000:]}
+        if run.returncode:
+            died = next((name for name in cases if name not in results), "the end")
+            results[died] = {"failure": log.read_text(errors="replace")[-4000:]}
     return results
 
 
 def problems(cases, results: dict[str, dict], tolerance: float = OTHER_ORDER) -> dict[str, object]:
     """What is wrong with the results of cases, by case; nothing if they are as they should be."""
     found: dict[str, object] = {}
-    for name in cases:
+    for name in dict.fromkeys([*cases, *results]):
         result = results.get(name, {"failure": "did not run"})
         large = {what: error for what, error in result.get("errors", {}).items() if not error <= tolerance}
         large |= {what: excess for what, excess in result.get("excess", {}).items() if not excess <= BF16_EXCESS}

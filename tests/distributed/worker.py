@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
@@ -257,10 +257,12 @@ def transformers_fsdp(case: Case, comparison: Comparison) -> None:
     _train_in_parallel(model, comparison, lambda last: contextlib.nullcontext())
 
 
-def _accelerate(case: Case, comparison: Comparison, **arguments) -> None:
+def _accelerate(case: Case, comparison: Comparison, kind: type, **arguments) -> None:
     AcceleratorState._reset_state(reset_partial_state=False)
     accelerator = Accelerator(cpu=comparison.device.type == "cpu", **arguments)
-    model = accelerator.prepare(prepare(make_model(case), case))
+    model = prepare(make_model(case), case)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))  # FSDP2 wants both
+    assert isinstance(model, kind), f"accelerate made a {type(model).__name__} of it"
     _train_in_parallel(
         model,
         comparison,
@@ -270,14 +272,14 @@ def _accelerate(case: Case, comparison: Comparison, **arguments) -> None:
 
 
 def accelerate_ddp(case: Case, comparison: Comparison) -> None:
-    _accelerate(case, comparison)
+    _accelerate(case, comparison, DistributedDataParallel)
 
 
 def accelerate_fsdp(case: Case, comparison: Comparison) -> None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=False
     )
-    _accelerate(case, comparison, fsdp_plugin=plugin)
+    _accelerate(case, comparison, FSDPModule, fsdp_plugin=plugin)
 
 
 STRATEGIES = {
@@ -330,7 +332,7 @@ def main() -> None:
     if args.device == "cuda":
         torch.cuda.set_device(device)
     # A process that fails alone leaves the other waiting: not for long.
-    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
     results = {}
     for name in args.cases:
         everyone: list[dict | None] = [None] * distributed.get_world_size()
