@@ -217,14 +217,36 @@ class HSAConfig(PreTrainedConfig):
     model_type = "hsa"
     # The cache, by its names before and from Transformers 5.24 on.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    # Heads of attention are split over the devices, and with them the MLPs. What an HSA layer retrieves is the same on
+    # all of them, as the landmarks and the few key/value heads of the chunk memory are: of this path the two wide
+    # projections are split, and gathered around chunk attention. What is not named here is whole on every device.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "hsa_head_norm",
+        "layers.*.self_attn.k_norm": "hsa_head_norm",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.q_proj": "colwise_gather_output",
+        "layers.*.o_proj": "rowwise_split_input",
+        "chunk_encoder.layers.*.self_attn.q_proj": "colwise",
+        "chunk_encoder.layers.*.self_attn.k_proj": "colwise",
+        "chunk_encoder.layers.*.self_attn.v_proj": "colwise",
+        "chunk_encoder.layers.*.self_attn.q_norm": "hsa_head_norm",
+        "chunk_encoder.layers.*.self_attn.k_norm": "hsa_head_norm",
+        "chunk_encoder.layers.*.self_attn.o_proj": "rowwise",
+        "chunk_encoder.layers.*.mlp.gate_proj": "colwise",
+        "chunk_encoder.layers.*.mlp.up_proj": "colwise",
+        "chunk_encoder.layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "chunk_encoder": "free_full_weight",
+        "norm": "keep_full_weight",
     }
 
     vocab_size: int = _integer(32000)

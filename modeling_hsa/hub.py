@@ -18,6 +18,7 @@ _FILES = {
     "modeling_hsa/static_cache.py": "hsa_static_cache.py",
     "modeling_hsa/layout.py": "hsa_layout.py",
     "modeling_hsa/naming.py": "hsa_naming.py",
+    "modeling_hsa/parallel.py": "hsa_parallel.py",
     "modeling_hsa/window.py": "hsa_window.py",
     "modeling_hsa/hub.py": "hsa_hub.py",
     "modeling_hsa/ops/__init__.py": "hsa_ops.py",

@@ -50,6 +50,7 @@ from .layers import HSALayer
 from .layout import Past, TokenLayout, build_layout
 from .modules import HSARMSNorm, HSARotaryEmbedding
 from .naming import CACHE, takes_cache
+from .parallel import check_parallelism
 from .retrieval import ChunkRetrieval, HSARetrieval
 
 
@@ -125,13 +126,18 @@ class HSAPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, _through_arguments(gradient_checkpointing_func), **kwargs)
 
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        check_parallelism(model.config, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """
         As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
         trust_remote_code=True)` loads the folder where this package is not installed.
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
+        if self.should_save_on_this_rank(is_main_process):
             save_code(save_directory)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
@@ -299,6 +305,7 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HSAConfig):
         super().__init__(config)

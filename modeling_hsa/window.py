@@ -143,7 +143,7 @@ def _attend_in_blocks(call: Call) -> Output:
     mask = call.layout.share(("blocks", *call.mask_key), make_mask)
     output, _ = call.attention(call.module, query, key, value, mask, **call.kwargs)
     output = output.view(batch, num_blocks * block, *output.shape[2:])[:, :length]
-    return output, None
+    return output.contiguous(), None  # as tensor parallelism takes it for granted
 
 
 def _aligned_reach(call: Call) -> torch.Tensor:

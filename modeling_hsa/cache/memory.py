@@ -145,8 +145,9 @@ class DeviceMemory(ChunkMemory):
         batch, n = landmarks.shape[:2]
         if self.stored_landmarks is None:
             self.pages = Pages()
-        slots: slice | torch.Tensor = slice(start, end)
-        if not isinstance(start, int):
+        if isinstance(start, int):
+            slots: slice | torch.Tensor = slice(start, end)
+        else:
             # Rows that complete fewer chunks than others write the rest too, beyond their end, where nobody looks.
             slots, end = start[:, None] + torch.arange(n, device=start.device), end + n
         if self.is_shared:
@@ -271,8 +272,9 @@ class StaticMemory(DeviceMemory):
         )
 
     def _write(self, landmarks, keys, values, start, end):
-        slots: slice | torch.Tensor = slice(start, end)
-        if not isinstance(start, int):
+        if isinstance(start, int):
+            slots: slice | torch.Tensor = slice(start, end)
+        else:
             n = landmarks.shape[1]
             slots = (start[:, None] + torch.arange(n, device=start.device)).clamp(max=self.capacity - 1)
         for buffer, new in zip(self.buffers, (landmarks, keys, values)):
