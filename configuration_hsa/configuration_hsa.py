@@ -4,6 +4,7 @@ from .versions import check_versions  # isort: skip
 
 check_versions()  # before anything that older versions of Transformers do not have
 
+from pathlib import Path  # noqa: E402
 from typing import ClassVar  # noqa: E402
 
 from transformers.activations import ACT2FN  # noqa: E402
@@ -197,26 +198,48 @@ class HSAConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
-            raise OSError(f"{pretrained_model_name_or_path} has no config.json. Is it the folder of a model?")
+            models = sorted(str(file.parent) for file in Path(pretrained_model_name_or_path).glob("*/config.json"))
+            hint = f"These are: {', '.join(models)}." if models else "Is it the folder of a model?"
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json. {hint}")
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """
         As in Transformers, but what overrides a field (`from_pretrained(..., num_lower_layers=4)`) is validated like
-        the rest, and `num_hidden_layers` follows it. Raises `ValueError` for the configuration of another model type.
+        the rest, and `num_hidden_layers` follows it. Raises `ValueError` for the configuration of another kind of
+        model. (A subclass of HSAConfig may have a model type of its own, of which Transformers warns.)
         """
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
+        if model_type != cls.model_type and "chunk_topk" not in config_dict:
             raise ValueError(
                 f"The configuration is of model type {model_type!r}, not {cls.model_type!r}. Load it with "
                 "`AutoConfig`."
             )
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        fields = {name for base in cls.__mro__ if issubclass(base, HSAConfig) for name in base.__annotations__}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         config_dict = {**config_dict, **overrides}
         if "num_hidden_layers" not in overrides and overrides.keys() & _LAYER_COUNTS:
             config_dict.pop("num_hidden_layers", None)
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
+        trust_remote_code=True)` loads the folder where this package is not installed. Models save their configuration
+        with this method: wherever there is the `config.json` of an HSA model, there is its code.
+        """
+        from modeling_hsa.hub import save_code  # which imports this file
+
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        save_code(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # The last step of `save_pretrained(push_to_hub=True)` in Transformers: before it, the code has to be there.
+        from modeling_hsa.hub import save_code
+
+        save_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @property
     def hsa_layers(self) -> list[bool]:

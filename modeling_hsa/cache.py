@@ -6,6 +6,7 @@ share and that is the only part that grows with the length of the context.
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .copies import CACHE_FORMAT
 from .layout import RowState, TokenLayout
 
 
@@ -245,6 +246,8 @@ class HSACache(Cache):
     >>> for segment in input_ids.split(4096, dim=1):
     ...     logits = model(segment, past_key_values=cache, logits_to_keep=1).logits
     ```"""
+
+    format_version = CACHE_FORMAT
 
     def __init__(self, config, offloading: bool = False):
         super().__init__(layers=[HSAWindowLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
