@@ -44,16 +44,16 @@ def flatten(root: Path, start: str) -> dict[str, str]:
     Raises:
         ValueError: for two files that would get one name, and for an import that has no counterpart in a flat folder.
     """
-    sources, bundle, waiting = {}, {}, [start]
+    sources, files, waiting = {}, {}, [start]
     while waiting:
         source = waiting.pop()
         name = flat_name(source)
         if sources.setdefault(name, source) != source:
             raise ValueError(f"{source} and {sources[name]} would both be {name} in a bundle. Rename one of them.")
-        if name not in bundle:
-            bundle[name], imported = _flatten_imports(root, source)
+        if name not in files:
+            files[name], imported = _flatten_imports(root, source)
             waiting += imported
-    return bundle
+    return files
 
 
 def _flatten_imports(root: Path, source: str) -> tuple[str, list[str]]:
@@ -94,13 +94,15 @@ def _file_of(root: Path, module: str) -> str:
 
 
 @functools.cache
-def _bundle() -> dict[str, str]:
-    """The bundle of this code, which may itself be one: a model that was loaded from the Hub can be saved again."""
+def bundle() -> dict[str, str]:
+    """
+    Name and code of every file that travels. This code may itself be a bundle: a model that was loaded from the Hub
+    can be saved again.
+    """
     here = Path(__file__).resolve()
     if here.name == "hub.py":
         return flatten(here.parents[1], "modeling_hsa/hub.py")
-    files = map(Path, get_relative_import_files(here))
-    return {file.name: file.read_text(encoding="utf-8") for file in files}
+    return {Path(file).name: Path(file).read_text(encoding="utf-8") for file in get_relative_import_files(here)}
 
 
 def save_code(folder: str | Path) -> None:
@@ -111,14 +113,14 @@ def save_code(folder: str | Path) -> None:
     Raises:
         ValueError: where the file of such a class has the name of a file of ours.
     """
-    folder, bundle = Path(folder), _bundle()
+    folder = Path(folder)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     auto_map = dict(AUTO_MAP)
     for auto, reference in config.get("auto_map", {}).items():
         if auto not in AUTO_MAP or _is_of_the_user(reference, folder):
             auto_map[auto] = reference
-    for name, code in bundle.items():
+    for name, code in bundle().items():
         (folder / name).write_text(code, encoding="utf-8")
     config["auto_map"] = auto_map
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -130,7 +132,7 @@ def _is_of_the_user(reference: str, folder: Path) -> bool:
     if name in AUTO_MAP.values():
         return False
     file = f"{name.partition('.')[0]}.py"
-    if not repository and file in _bundle():
+    if not repository and file in bundle():
         raise ValueError(
             f"`{name}` cannot be saved: {file} is the name of a file of HSA for Transformers. Rename your module."
         )
