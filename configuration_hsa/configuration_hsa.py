@@ -232,7 +232,7 @@ class HSAConfig(PreTrainedConfig):
         from modeling_hsa.hub import save_code  # which imports this file
 
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
-        save_code(save_directory)
+        self.auto_map = save_code(save_directory)  # also here, as Transformers does for code of a user's
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # The last step of `save_pretrained(push_to_hub=True)` in Transformers: before it, the code has to be there.

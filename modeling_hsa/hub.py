@@ -105,10 +105,13 @@ def bundle() -> dict[str, str]:
     return {Path(file).name: Path(file).read_text(encoding="utf-8") for file in get_relative_import_files(here)}
 
 
-def save_code(folder: str | Path) -> None:
+def save_code(folder: str | Path) -> dict[str, str]:
     """
     Writes the code of the model into `folder`, and names its classes in the `auto_map` of the `config.json` there. An
     entry for a class of the user's stays, where its file is in the folder or it names another repository.
+
+    Returns:
+        The `auto_map`.
 
     Raises:
         ValueError: where the file of such a class has the name of a file of ours.
@@ -124,6 +127,7 @@ def save_code(folder: str | Path) -> None:
         (folder / name).write_text(code, encoding="utf-8")
     config["auto_map"] = auto_map
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return auto_map
 
 
 def _is_of_the_user(reference: str, folder: Path) -> bool:
