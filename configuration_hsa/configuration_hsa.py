@@ -5,7 +5,9 @@ from .versions import check_versions  # isort: skip
 check_versions()  # before anything that older versions of Transformers do not have
 
 import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from dataclasses import field, fields  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any, ClassVar  # noqa: E402
 
 from transformers.activations import ACT2FN  # noqa: E402
@@ -220,6 +222,8 @@ class HSAConfig(PreTrainedConfig):
     # Heads of attention are split over the devices, and with them the MLPs. What an HSA layer retrieves is the same on
     # all of them, as the landmarks and the few key/value heads of the chunk memory are: of this path the two wide
     # projections are split, and gathered around chunk attention. What is not named here is whole on every device.
+    # Writes the code of the model into a folder and returns the `auto_map`: set where the model is defined.
+    save_code: ClassVar[Callable[[str], dict[str, str]] | None] = None
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -351,22 +355,26 @@ class HSAConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
-            raise OSError(f"{pretrained_model_name_or_path} has no config.json. Is it the folder of a model?")
+            models = sorted(str(file.parent) for file in Path(pretrained_model_name_or_path).glob("*/config.json"))
+            hint = f"These are: {', '.join(models)}." if models else "Is it the folder of a model?"
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json. {hint}")
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """
         As in Transformers, but what overrides a field (`from_pretrained(..., num_lower_layers=4)`) is validated like
-        the rest, and what is derived from it follows. Raises `ValueError` for the configuration of another model type.
+        the rest, and what is derived from it follows. Raises `ValueError` for the configuration of another kind of
+        model. (A subclass of HSAConfig may have a model type of its own, of which Transformers warns.)
         """
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
+        if model_type != cls.model_type and "chunk_topk" not in config_dict:
             raise ValueError(
                 f"The configuration is of model type {model_type!r}, not {cls.model_type!r}. Load it with "
                 "`AutoConfig`."
             )
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        fields = {name for base in cls.__mro__ if issubclass(base, HSAConfig) for name in base.__annotations__}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         config_dict = {**config_dict, **overrides}
         replaced = set()
         if overrides.keys() & {*_LAYER_COUNTS, "layer_types"}:
@@ -392,6 +400,22 @@ class HSAConfig(PreTrainedConfig):
             if output[name] == output[followed]:
                 del output[name]
         return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
+        trust_remote_code=True)` loads the folder where this package is not installed. Models save their configuration
+        with this method: wherever there is the `config.json` of an HSA model, there is its code.
+        """
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        if self.save_code is not None:
+            self.auto_map = self.save_code(save_directory)  # also here, as Transformers does for code of a user's
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # The last step of `save_pretrained(push_to_hub=True)` in Transformers: before it, the code has to be there.
+        if self.save_code is not None:
+            self.save_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @property
     def hsa_layers(self) -> list[bool]:

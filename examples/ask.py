@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from modeling_hsa.naming import CACHE  # and so registers HSA models with the Auto classes
 
 
-HUB_CARD = Path(__file__).parents[1] / "hub_card"
+HUB_CARD = Path(__file__).parents[1] / "hub_card" / "hsa-books-10m"
 MAP_WIDTH = 60
 LEAST_WEIGHT = 0.2  # of a passage that is shown; 8 passages that all count the same have 0.125
 
@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HUB_CARD), help="folder or Hub id of an HSA model (default: hub_card)")
+    parser.add_argument("--model", default=str(HUB_CARD), help="folder or Hub id (default: hsa-books-10m)")
     parser.add_argument("--document", type=Path, help="text file to read instead of a made-up chronicle")
     parser.add_argument("--question", nargs="+", default=[], help="what to ask about --document")
     parser.add_argument("--characters", type=int, default=600_000, help="length of the chronicle (default 600000)")

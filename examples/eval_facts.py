@@ -1,8 +1,8 @@
 """
 Facts in plain English, one in a long text, and a question about it: which wordings does a model answer?
 
-    python examples/eval_facts.py --model hub_card --haystack books/validation.jsonl.gz --output out/facts \\
-        --lengths 4096 --samples 40
+    python examples/eval_facts.py --model hub_card/hsa-books-10m --haystack books/validation.jsonl.gz \\
+        --output out/facts --lengths 4096 --samples 40
 
 number, word, uuid    The value of the fact. Sentence and question have a wording of `retrieval_tasks.py`, drawn at
                       random, which `pretrain.py` trains on, where a model was trained with it. Names, trades and what

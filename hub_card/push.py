@@ -1,12 +1,12 @@
 """
-Bring this folder up to date with the repository around it, and push it to the Hub.
+Bring the folder of a model up to date with its results, and push the model to the Hub.
 
-    python hub_card/push.py --update                        # code, tables, .eval_results and plots
-    python hub_card/push.py --repo_id me/hsa-books-10m      # upload
+    python hub_card/push.py hsa-books-10m --update                      # tables, .eval_results and plots
+    python hub_card/push.py hsa-books-10m --repo_id me/hsa-books-10m    # upload
 
-`--update` writes what is made from other files: the code of the package (modeling_hsa/hub.py) and, from the files in
-`results/`, the tables of the card between the marks `<!-- name -->` and `<!-- end -->`, `.eval_results`, and the plots
-of retrieval. Where that would change anything but plots, an upload is refused.
+`--update` writes what is made from the files in `results/`: the tables of the card between the marks `<!-- name -->`
+and `<!-- end -->`, `.eval_results`, and the plots of retrieval. Where that would change anything but plots, an upload
+is refused. What is uploaded is what `hub_card/build.py` writes.
 """
 
 import argparse
@@ -23,18 +23,14 @@ import yaml
 from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
 
 
-FOLDER = Path(__file__).resolve().parent
-REPOSITORY = FOLDER.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples"), str(REPOSITORY / "hub_card")]
 
+from build import MODELS, build, names  # noqa: E402
 from evaluation import short  # noqa: E402
 from plot_retrieval import read_rows  # noqa: E402
 
-from modeling_hsa.hub import save_code  # noqa: E402
 
-
-NAME = "hsa-books-10m"
-NOT_UPLOADED = shutil.ignore_patterns("push.py", "__pycache__")
 BABILONG, BABILONG_LENGTH = "RMT-team/babilong", 4096
 
 
@@ -107,9 +103,6 @@ def tables(folder: Path) -> dict[str, str]:
 
 def update(folder: Path) -> None:
     """Writes all derived files of `folder` but the plots."""
-    for file in folder.glob("hsa_*.py"):  # the package may have less of them than it had
-        file.unlink()
-    save_code(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name, made in tables(folder).items():
         parts = re.split(rf"(?<=<!-- {name} -->\n)(?:(?!<!--).)*(?=<!-- end -->)", card, flags=re.DOTALL)
@@ -140,7 +133,7 @@ def plot(folder: Path) -> None:
     results = folder / "results"
     files = map(str, sorted(results.glob("paper_*.json")))
     script = REPOSITORY / "examples" / "plot_retrieval.py"
-    subprocess.run([sys.executable, script, "--results", NAME, *files, "--output", results], check=True)
+    subprocess.run([sys.executable, script, "--results", folder.name, *files, "--output", results], check=True)
 
 
 def stale(folder: Path) -> list[str]:
@@ -155,12 +148,12 @@ def stale(folder: Path) -> list[str]:
         return sorted(f for f, (a, b) in pairs.items() if not (a.exists() and b.exists() and filecmp.cmp(a, b, False)))
 
 
-def push(repo_id: str, private: bool) -> None:
+def push(name: str, repo_id: str, private: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / NAME
-        shutil.copytree(FOLDER, folder, ignore=NOT_UPLOADED)
+        folder = Path(temporary) / name
+        build(name, folder)
         card = (folder / "README.md").read_text(encoding="utf-8")
-        (folder / "README.md").write_text(card.replace(f'"{NAME}"', f'"{repo_id}"'), encoding="utf-8")
+        (folder / "README.md").write_text(card.replace(f'"{name}"', f'"{repo_id}"'), encoding="utf-8")
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         print(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model, card and results"))
@@ -168,19 +161,21 @@ def push(repo_id: str, private: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=names(), help="the model")
     parser.add_argument("--update", action="store_true", help="bring the folder up to date")
     parser.add_argument("--repo_id", help="where to push it: user or organisation / name")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     arguments = parser.parse_args()
     if not arguments.update and arguments.repo_id is None:
         parser.error("nothing to do: give `--update`, `--repo_id`, or both")
+    folder = MODELS / arguments.name
     if arguments.update:
-        update(FOLDER)
-        plot(FOLDER)
+        update(folder)
+        plot(folder)
     if arguments.repo_id is not None:
-        if files := stale(FOLDER):
+        if files := stale(folder):
             sys.exit(f"Not up to date: {', '.join(files)}. Run with `--update`, and look at what changes.")
-        push(arguments.repo_id, arguments.private)
+        push(arguments.name, arguments.repo_id, arguments.private)
 
 
 if __name__ == "__main__":

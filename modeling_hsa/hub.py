@@ -1,38 +1,21 @@
 """
-The code that travels with a checkpoint: a flat copy of the files of this package, made by rewriting their imports,
-that `from_pretrained(..., trust_remote_code=True)` loads without the package.
+The code that travels with a configuration: a flat copy of the files that make up the model, with their imports
+rewritten, that `from_pretrained(..., trust_remote_code=True)` loads without the package.
+
+Transformers reads such code from one folder, and finds the files that the model needs by their imports `from .name
+import`.
 """
 
+import ast
+import functools
 import json
 import re
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
 
-# File of the package, from its root -> file of the bundle.
-_FILES = {
-    "configuration_hsa/configuration_hsa.py": "configuration_hsa.py",
-    "configuration_hsa/versions.py": "hsa_versions.py",
-    "modeling_hsa/modeling_hsa.py": "modeling_hsa.py",
-    "modeling_hsa/layers.py": "hsa_layers.py",
-    "modeling_hsa/cache.py": "hsa_cache.py",
-    "modeling_hsa/static_cache.py": "hsa_static_cache.py",
-    "modeling_hsa/layout.py": "hsa_layout.py",
-    "modeling_hsa/naming.py": "hsa_naming.py",
-    "modeling_hsa/parallel.py": "hsa_parallel.py",
-    "modeling_hsa/window.py": "hsa_window.py",
-    "modeling_hsa/hub.py": "hsa_hub.py",
-    "modeling_hsa/ops/__init__.py": "hsa_ops.py",
-    "modeling_hsa/ops/naive.py": "hsa_ops_naive.py",
-    "modeling_hsa/ops/precision.py": "hsa_ops_precision.py",
-    "modeling_hsa/ops/selection.py": "hsa_ops_selection.py",
-    "modeling_hsa/ops/attention.py": "hsa_ops_attention.py",
-    "modeling_hsa/ops/library.py": "hsa_ops_library.py",
-    "modeling_hsa/ops/availability.py": "hsa_ops_availability.py",
-    "modeling_hsa/ops/inverted_index.py": "hsa_ops_inverted_index.py",
-    "modeling_hsa/ops/triton_utils.py": "hsa_ops_triton_utils.py",
-    "modeling_hsa/ops/triton_selection.py": "hsa_ops_triton_selection.py",
-    "modeling_hsa/ops/triton_attention.py": "hsa_ops_triton_attention.py",
-}
+
+PACKAGES = ("configuration_hsa", "modeling_hsa")
 AUTO_MAP = {
     "AutoConfig": "configuration_hsa.HSAConfig",
     "AutoModel": "modeling_hsa.HSAModel",
@@ -43,47 +26,121 @@ AUTO_MAP = {
 }
 
 
-def _flat_module(path: str) -> str | None:
-    """The module of the bundle for a module of the package, given as a path without its ending."""
-    for source in (f"{path}.py", f"{path}/__init__.py"):
-        if source in _FILES:
-            return _FILES[source].removesuffix(".py")
-    return None
-
-
-def _flatten_imports(code: str, source: str) -> str:
-    """Rewrites the imports of other files of the package in the code of `source`."""
-    folder = source.rpartition("/")[0]
-
-    def rewrite(match: re.Match) -> str:
-        module, names = match["module"], match["names"]
-        if module == "configuration_hsa":
-            return f"{match['indent']}from .configuration_hsa import {names}"
-        path = f"{folder}/{module[1:].replace('.', '/')}"
-        return f"{match['indent']}from .{_flat_module(path)} import {names}"
-
-    statement = r"^(?P<indent> *)from (?P<module>configuration_hsa|\.\w[\w.]*) import (?P<names>.*)$"
-    return re.sub(statement, rewrite, code, flags=re.MULTILINE)
-
-
-def save_code(folder) -> None:
+def flat_name(source: str) -> str:
     """
-    Writes the bundle into `folder` and names its classes in the `auto_map` of the folder's `config.json`.
+    The file of the bundle for a file of the packages: `hsa_cache_ring.py` for `modeling_hsa/cache/ring.py`,
+    `hsa_cache.py` for `modeling_hsa/cache/__init__.py`. A package exports what its file of the same name defines, so
+    that `configuration_hsa/__init__.py` and `configuration_hsa/configuration_hsa.py` both are `configuration_hsa.py`.
+    """
+    package, *path = source.removesuffix(".py").split("/")
+    if path[-1] == "__init__":
+        path.pop()
+    return f"{package}.py" if path in ([], [package]) else f"hsa_{'_'.join(path)}.py"
 
-    Works from the installed package and from a bundle alike, so that a model loaded from the Hub can be saved again.
+
+def flatten(root: Path, start: str) -> dict[str, str]:
+    """
+    Name and code of every file of a bundle: `start`, a file of the packages in `root`, and all that it imports.
+
+    Raises:
+        ValueError: for two files that would get one name, and for an import that has no counterpart in a flat folder.
+    """
+    sources, files, waiting = {}, {}, [start]
+    while waiting:
+        source = waiting.pop()
+        name = flat_name(source)
+        if sources.setdefault(name, source) != source:
+            raise ValueError(f"{source} and {sources[name]} would both be {name} in a bundle. Rename one of them.")
+        if name not in files:
+            files[name], imported = _flatten_imports(root, source)
+            waiting += imported
+    return files
+
+
+def _flatten_imports(root: Path, source: str) -> tuple[str, list[str]]:
+    """The code of `source` for the bundle, and the files of the packages that it imports."""
+    code = (root / source).read_text(encoding="utf-8")
+    lines, imported = code.split("\n"), []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] in PACKAGES for alias in node.names):
+            raise ValueError(f"{source}, line {node.lineno}: write `from module import name`, which can be flattened.")
+        if not isinstance(node, ast.ImportFrom) or (module := _module_of_ours(node, source)) is None:
+            continue
+        imported.append(_file_of(root, module))
+        flat = flat_name(imported[-1]).removesuffix(".py")
+        line = node.lineno - 1
+        lines[line], found = re.subn(r"^( *)from [\w.]+ import\b", rf"\1from .{flat} import", lines[line])
+        if not found:
+            raise ValueError(f"{source}, line {node.lineno}: `from ... import` must be the beginning of a line.")
+    return "\n".join(lines), imported
+
+
+def _module_of_ours(node: ast.ImportFrom, source: str) -> str | None:
+    """The full name of the module that an import statement of `source` reads; None if it is not of the packages."""
+    if node.level == 0:
+        return node.module if node.module.split(".")[0] in PACKAGES else None
+    if node.module is None:
+        raise ValueError(
+            f"{source}, line {node.lineno}: Transformers does not see `from . import module` in code from the Hub. "
+            "Write `from .module import name`."
+        )
+    folder = source.split("/")[: -node.level]
+    return ".".join([*folder, node.module])
+
+
+def _file_of(root: Path, module: str) -> str:
+    package, *path = module.split(".")
+    file = "/".join([package, *(path or [package])])
+    return f"{file}.py" if (root / f"{file}.py").is_file() else f"{file}/__init__.py"
+
+
+@functools.cache
+def bundle() -> dict[str, str]:
+    """
+    Name and code of every file that travels. This code may itself be a bundle: a model that was loaded from the Hub
+    can be saved again.
+    """
+    here = Path(__file__).resolve()
+    if here.name == "hub.py":
+        return flatten(here.parents[1], "modeling_hsa/modeling_hsa.py")
+    model = here.with_name("modeling_hsa.py")
+    files = [model, *map(Path, get_relative_import_files(model))]
+    return {file.name: file.read_text(encoding="utf-8") for file in files}
+
+
+def save_code(folder: str | Path) -> dict[str, str]:
+    """
+    Writes the code of the model into `folder`, and names its classes in the `auto_map` of the `config.json` there. An
+    entry for a class of the user's stays, where its file is in the folder or it names another repository.
+
+    Returns:
+        The `auto_map`.
+
+    Raises:
+        ValueError: where the file of such a class has the name of a file of ours.
     """
     folder = Path(folder)
-    here = Path(__file__).resolve()
-    is_bundle = here.name == _FILES["modeling_hsa/hub.py"]
-    for source, target in _FILES.items():
-        if is_bundle:
-            code = (here.parent / target).read_text(encoding="utf-8")
-        else:
-            code = _flatten_imports((here.parents[1] / source).read_text(encoding="utf-8"), source)
-        (folder / target).write_text(code, encoding="utf-8")
-
     config_file = folder / "config.json"
-    if config_file.exists():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        config["auto_map"] = AUTO_MAP
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    auto_map = dict(AUTO_MAP)
+    for auto, reference in config.get("auto_map", {}).items():
+        if auto not in AUTO_MAP or _is_of_the_user(reference, folder):
+            auto_map[auto] = reference
+    for name, code in bundle().items():
+        (folder / name).write_text(code, encoding="utf-8")
+    config["auto_map"] = auto_map
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return auto_map
+
+
+def _is_of_the_user(reference: str, folder: Path) -> bool:
+    """Of an entry of an `auto_map`, `module.Class` or `repository--module.Class`."""
+    repository, _, name = reference.rpartition("--")
+    if name in AUTO_MAP.values():
+        return False
+    file = f"{name.partition('.')[0]}.py"
+    if not repository and file in bundle():
+        raise ValueError(
+            f"`{name}` cannot be saved: {file} is the name of a file of HSA for Transformers. Rename your module."
+        )
+    return bool(repository) or (folder / file).is_file()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -44,6 +45,7 @@ from .cache.memory import CallMemory
 from .cache.static_cache import HSAStaticCache
 from .chunk_encoder import HSAChunkEncoder
 from .config_guard import ConfigGuard
+from .copies import check_cache_class, is_hsa_config
 from .hub import save_code
 from .kinds import LAYER_KINDS
 from .layers import HSALayer
@@ -107,14 +109,16 @@ class HSAPreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: HSAConfig, *args, **kwargs):
-        if not isinstance(config, HSAConfig) and getattr(config, "model_type", None) != HSAConfig.model_type:
+        if not is_hsa_config(config):
             raise TypeError(
                 f"{type(self).__name__} needs an HSAConfig, got {type(config).__name__} (model type "
                 f"{getattr(config, 'model_type', None)!r}). Load other models with their own class."
             )
         config.validate_hsa()
-        # Loaded from the Hub, the configuration may be of another copy of its class than the one registered below.
-        AutoModel.register(type(config), HSAModel, exist_ok=True)
+        # The heads make their base model through `AutoModel`, also of a configuration class that nobody registered: a
+        # subclass, or another copy of HSAConfig.
+        if type(config) not in MODEL_MAPPING:
+            MODEL_MAPPING.register(type(config), HSAModel)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -130,20 +134,6 @@ class HSAPreTrainedModel(PreTrainedModel):
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
         check_parallelism(model.config, distributed_config)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """
-        As in Transformers, and also saves the code of the model, so that `from_pretrained(...,
-        trust_remote_code=True)` loads the folder where this package is not installed.
-        """
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            save_code(save_directory)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # The last step of `save_pretrained(push_to_hub=True)` in Transformers: before it, the code has to be there.
-        save_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class HSAModel(HSAPreTrainedModel):
@@ -282,11 +272,8 @@ class HSAModel(HSAPreTrainedModel):
                         f"`input_ids` must be in [0, {self.config.vocab_size}), got ids from {int(low)} to "
                         f"{int(high)}. Does the tokenizer belong to this model?"
                     )
-        if past_key_values is not None and not isinstance(past_key_values, HSACache):
-            raise TypeError(
-                f"`past_key_values` must be an HSACache, got {type(past_key_values).__name__}. Leave it out and pass "
-                "`use_cache=True`, or make one with `HSACache(model.config)`."
-            )
+        if past_key_values is not None:
+            check_cache_class(past_key_values)
         if past_key_values is not None and past_key_values.batch_size not in (-1, given.shape[0]):
             raise ValueError(
                 f"`past_key_values` holds {past_key_values.batch_size} rows but `{name}` has {given.shape[0]}."
@@ -474,12 +461,16 @@ class HSAForQuestionAnswering(GenericForQuestionAnswering, HSAPreTrainedModel):
     """An HSA model with a head for the start and end of an answer span."""
 
 
-# Also where this file was loaded from the Hub: the classification heads make their base model through `AutoModel`.
-AutoModel.register(HSAConfig, HSAModel, exist_ok=True)
-AutoModelForCausalLM.register(HSAConfig, HSAForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(HSAConfig, HSAForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(HSAConfig, HSAForTokenClassification, exist_ok=True)
-AutoModelForQuestionAnswering.register(HSAConfig, HSAForQuestionAnswering, exist_ok=True)
+AUTO_CLASSES = {
+    AutoModel: HSAModel,
+    AutoModelForCausalLM: HSAForCausalLM,
+    AutoModelForSequenceClassification: HSAForSequenceClassification,
+    AutoModelForTokenClassification: HSAForTokenClassification,
+    AutoModelForQuestionAnswering: HSAForQuestionAnswering,
+}
+for _auto, _model in AUTO_CLASSES.items():
+    _auto.register(HSAConfig, _model, exist_ok=True)
+HSAConfig.save_code = staticmethod(save_code)
 
 __all__ = [
     "HSAForCausalLM",

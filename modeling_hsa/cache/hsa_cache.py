@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from configuration_hsa import HSAConfig
 
+from ..copies import CACHE_FORMAT
 from ..kinds import LAYER_KINDS
 from ..layout import Past, TokenLayout
 from .layer_states import Storage
@@ -50,6 +51,7 @@ class HSACache(Cache):
 
     is_compileable = False
     is_croppable = True
+    format_version = CACHE_FORMAT
 
     def __init__(self, config: HSAConfig, offloading: bool = False):
         memory = HostMemory() if offloading else DeviceMemory()

@@ -18,6 +18,7 @@ def blocks(language: str) -> list[str]:
 
 MAIN_JOB, TESTS = (block.strip() for block in blocks("bash"))
 SNIPPETS = blocks("python")
+CARDS = ["hub_card/README.md", "hub_card/hsa-books-10m/README.md"]
 
 
 def scripts(line: str) -> list[list[str]]:
@@ -37,7 +38,7 @@ def test_setup_is_one_line_that_installs_first(line):
     assert rest
 
 
-@pytest.mark.parametrize("name", ["README.md", "hub_card/README.md", "docs/kernels.md", "docs/training.md"])
+@pytest.mark.parametrize("name", ["README.md", *CARDS, "docs/kernels.md", "docs/training.md"])
 def test_links_and_files_exist(name):
     file = REPOSITORY / name
     text = file.read_text(encoding="utf-8")

@@ -1,9 +1,10 @@
-"""`hub_card/`, the folder for the Hub: it is complete and up to date, and its model does what the card says."""
+"""`hub_card/`: its models are complete and up to date, and what is built of them does what the card says."""
 
 import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from tests.commands import REPOSITORY, run_example
+from modeling_hsa import HSAForCausalLM
+from modeling_hsa.hub import AUTO_MAP, bundle
+from tests.commands import REPOSITORY, environment, run_example
 from tests.helpers import run_without_the_package
 
 
-FOLDER = REPOSITORY / "hub_card"
+MODELS = REPOSITORY / "hub_card"
 NAME = "hsa-books-10m"
+FOLDER = MODELS / NAME
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", CARD, flags=re.MULTILINE | re.DOTALL)
 
@@ -26,7 +30,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", CARD, flags=re.MULTILINE | re.D
 @pytest.fixture(scope="module")
 def push():
     """The module `hub_card/push.py`."""
-    spec = importlib.util.spec_from_file_location("hub_card_push", FOLDER / "push.py")
+    spec = importlib.util.spec_from_file_location("hub_card_push", MODELS / "push.py")
     module = importlib.util.module_from_spec(spec)
     before = sys.path[:]
     spec.loader.exec_module(module)
@@ -50,18 +54,17 @@ def test_metadata_of_the_card():
     assert "custom_code" in data.tags
 
 
-def test_code_tables_and_results_are_up_to_date(push):
-    assert push.stale(FOLDER) == [], "run `python hub_card/push.py --update`"
+def test_tables_and_results_are_up_to_date(push):
+    assert push.stale(FOLDER) == [], f"run `python hub_card/push.py {NAME} --update`"
 
 
 def test_what_is_out_of_date_is_found(push, tmp_path):
     folder = tmp_path / NAME
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "hsa_cache.py").unlink()
-    (folder / "hsa_of_old.py").touch()
+    (folder / ".eval_results" / "babilong.yaml").unlink()
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(re.sub(r"\| s_niah \| [\d.]+", "| s_niah | 12.3", card))
-    assert push.stale(folder) == ["README.md", "hsa_cache.py", "hsa_of_old.py"]
+    assert push.stale(folder) == [".eval_results/babilong.yaml", "README.md"]
     push.update(folder)
     assert push.stale(folder) == []
     assert (folder / "README.md").read_text() == CARD
@@ -87,21 +90,68 @@ def test_push_uploads_the_folder_under_its_name(push, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: calls.append(kwargs))
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr("sys.argv", ["push.py", "--repo_id", "someone/hsa", "--private"])
+    monkeypatch.setattr("sys.argv", ["push.py", NAME, "--repo_id", "someone/hsa", "--private"])
     push.main()
     created, (repo_id, files, card) = calls
     assert created["private"] is True and repo_id == "someone/hsa"
     assert {"modeling_hsa.py", ".eval_results/babilong.yaml", "results/accuracy.png"} <= files
-    assert "push.py" not in files and not any("__pycache__" in file for file in files)
+    assert not any("__pycache__" in file for file in files)
     assert 'model_id = "someone/hsa"' in card and f'"{NAME}"' not in card
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """A folder with nothing but the model folder, under the name that the card gives it."""
+    """A folder with nothing but what was built, under the name that the card gives it."""
     folder = tmp_path_factory.mktemp("alone")
-    shutil.copytree(FOLDER, folder / NAME, ignore=shutil.ignore_patterns("push.py", "results", "__pycache__"))
+    build(NAME, folder / NAME)
     return folder
+
+
+def build(name: str, output: Path) -> str:
+    """Runs `hub_card/build.py`. Returns what it prints, and raises `AssertionError` with that if it fails."""
+    command = [sys.executable, str(MODELS / "build.py"), name, "--output", str(output)]
+    run = subprocess.run(command, env=environment(output.parent / "cache"), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_what_is_built_is_the_model_with_its_code(alone):
+    source = {str(file.relative_to(FOLDER)): file for file in FOLDER.rglob("*") if file.is_file()}
+    built = {str(file.relative_to(alone / NAME)): file for file in (alone / NAME).rglob("*") if file.is_file()}
+    assert {name for name in built if name not in source} == set(bundle())
+    for name, file in source.items():
+        if name != "config.json":
+            assert built[name].read_bytes() == file.read_bytes(), name
+    config = json.loads(built["config.json"].read_text(encoding="utf-8"))
+    assert config.pop("auto_map") == AUTO_MAP
+    assert config == json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(AssertionError, match="out is not an empty folder. Give a new one."):
+        build(NAME, tmp_path / "out")
+    with pytest.raises(AssertionError, match="notes.txt is not an empty folder"):
+        build(NAME, tmp_path / "out" / "notes.txt")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="invalid choice: 'hsa-books'.*hsa-books-10m"):
+        build("hsa-books", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_in_a_clone_loads_with_the_package():
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    assert type(model) is HSAForCausalLM and model.dtype == torch.bfloat16
+
+
+def test_the_folder_of_all_models_tells_where_they_are():
+    with pytest.raises(OSError, match=f"hub_card has no config.json. These are: .*hub_card/{NAME}"):
+        HSAForCausalLM.from_pretrained(MODELS)
+    assert f"]({NAME})" in (MODELS / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -147,7 +197,7 @@ def test_results_that_cannot_be_plotted_are_refused(tmp_path, files, message):
 
 def test_curves_of_runs_are_compared(tmp_path):
     logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
-    logs += ["--log", "without", FOLDER.parent / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
+    logs += ["--log", "without", REPOSITORY / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
     run = run_example("plot_training.py", tmp_path, *map(str, logs), task="far", output=tmp_path / "curves.png")
     assert run.stdout == "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -8,7 +8,6 @@ import json
 import re
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import configuration_hsa
 import modeling_hsa
@@ -29,6 +29,7 @@ from modeling_hsa import (
     HSAForTokenClassification,
     HSAModel,
 )
+from modeling_hsa.hub import flat_name, flatten
 from tests.helpers import run_without_the_package
 from tests.models import tiny_config, tiny_model
 
@@ -41,8 +42,8 @@ AUTO_CLASSES = {
     AutoModelForQuestionAnswering: HSAForQuestionAnswering,
 }
 PACKAGES = ("configuration_hsa", "modeling_hsa")
-# Files that only make sense in an installed package: what it exports, and which versions it runs with.
-PACKAGE_ONLY = {"configuration_hsa/__init__.py", "modeling_hsa/__init__.py", "modeling_hsa/versions.py"}
+# In a bundle the files of the same name as the packages stand for these.
+PACKAGE_ONLY = {"configuration_hsa/__init__.py", "modeling_hsa/__init__.py"}
 
 
 def prompt() -> torch.Tensor:
@@ -139,20 +140,92 @@ def test_every_head_is_saved_with_the_code(auto, tmp_path):
 # -- the code ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_file_of_the_package_is_in_the_bundle(folder):
-    def without_imports(code: str) -> str:
-        return re.sub(r"^ *from (\.[\w.]*|configuration_hsa) import ", "import ", code, flags=re.MULTILINE)
-
-    bundle = {without_imports(code) for code in bundle_files(folder).values()}
-    sources = [
-        file
+def sources() -> list[str]:
+    """All files of the packages, from the folder they are in."""
+    return [
+        f"{package.__name__}/{file.relative_to(Path(package.__file__).parent).as_posix()}"
         for package in (configuration_hsa, modeling_hsa)
-        for file in Path(package.__file__).parent.rglob("*.py")
-        if "/".join(file.parts[-2:]) not in PACKAGE_ONLY
+        for file in sorted(Path(package.__file__).parent.rglob("*.py"))
     ]
-    for file in sources:
-        assert without_imports(file.read_text(encoding="utf-8")) in bundle, f"{file} is missing"
-    assert len(bundle) == len(sources)
+
+
+def test_every_file_has_a_name_of_its_own_in_a_bundle():
+    names = [flat_name(source) for source in sources() if source not in PACKAGE_ONLY]
+    assert len(set(names)) == len(names)
+
+
+def test_the_bundle_holds_the_files_of_the_packages(folder):
+    def without_imports(code: str) -> str:
+        return re.sub(r"^ *from (\.[\w.]*|configuration_hsa[\w.]*|modeling_hsa[\w.]*) import ", "import ", code,
+                      flags=re.MULTILINE)  # fmt: skip
+
+    files = bundle_files(folder)
+    root = Path(modeling_hsa.__file__).parents[1]
+    known = {flat_name(source): root / source for source in sources() if source not in PACKAGE_ONLY}
+    assert {"configuration_hsa.py", "modeling_hsa.py", "hsa_hub.py", "hsa_ops.py", "hsa_versions.py"} <= files.keys()
+    for name, code in files.items():
+        assert without_imports(code) == without_imports(known[name].read_text(encoding="utf-8")), name
+
+
+def test_transformers_finds_every_file_of_the_bundle_from_either_class(folder):
+    for start in ("configuration_hsa.py", "modeling_hsa.py"):
+        found = {Path(file).name for file in get_relative_import_files(folder / start)}
+        assert found == bundle_files(folder).keys()
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, code in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(code)
+    return root
+
+
+def test_imports_are_flattened(tmp_path):
+    packages = {
+        "configuration_hsa/configuration_hsa.py": "",
+        "configuration_hsa/versions.py": "",
+        "modeling_hsa/modeling_hsa.py": "import torch\nfrom torch.nn import Linear\n"
+        "from configuration_hsa import HSAConfig\nfrom .cache import (\n    A,  # why\n    B as C,\n)\n"
+        "def late():\n    if True:\n        from modeling_hsa.cache.ring import Ring\n        return Ring\n",
+        "modeling_hsa/cache/__init__.py": "from .rows import A\n",
+        "modeling_hsa/cache/ring.py": '"""\nfrom .nowhere import x\n"""\nfrom ..layout import build\n',
+        "modeling_hsa/cache/rows.py": "from configuration_hsa.versions import __version__\nfrom ..cache import A\n",
+        "modeling_hsa/layout.py": "X = 'from .layout import'\n",
+        "modeling_hsa/unused.py": "from .nowhere import x\n",
+    }
+    assert flatten(write(tmp_path, packages), "modeling_hsa/modeling_hsa.py") == {
+        "configuration_hsa.py": "",
+        "hsa_versions.py": "",
+        "modeling_hsa.py": "import torch\nfrom torch.nn import Linear\n"
+        "from .configuration_hsa import HSAConfig\nfrom .hsa_cache import (\n    A,  # why\n    B as C,\n)\n"
+        "def late():\n    if True:\n        from .hsa_cache_ring import Ring\n        return Ring\n",
+        "hsa_cache.py": "from .hsa_cache_rows import A\n",
+        "hsa_cache_ring.py": '"""\nfrom .nowhere import x\n"""\nfrom .hsa_layout import build\n',
+        "hsa_cache_rows.py": "from .hsa_versions import __version__\nfrom .hsa_cache import A\n",
+        "hsa_layout.py": "X = 'from .layout import'\n",
+    }
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("from . import layout", "line 2: Transformers does not see `from . import module`"),
+        ("import modeling_hsa.layout", "line 2: write `from module import name`"),
+        ("x = 1; from .layout import build", "line 2: `from ... import` must be the beginning of a line"),
+        ("from .layout \\\n    import build", "line 2: `from ... import` must be the beginning of a line"),
+    ],
+)
+def test_imports_that_cannot_be_flattened_are_refused(tmp_path, statement, message):
+    files = {"modeling_hsa/modeling_hsa.py": f"import torch\n{statement}\n", "modeling_hsa/layout.py": ""}
+    with pytest.raises(ValueError, match=f"modeling_hsa/modeling_hsa.py, {re.escape(message)}"):
+        flatten(write(tmp_path, files), "modeling_hsa/modeling_hsa.py")
+
+
+def test_two_files_for_one_name_are_refused(tmp_path):
+    files = {"modeling_hsa/cache_ring.py": "", "modeling_hsa/cache/ring.py": ""}
+    files["modeling_hsa/modeling_hsa.py"] = "from .cache_ring import A\nfrom .cache.ring import B\n"
+    with pytest.raises(ValueError, match="would both be hsa_cache_ring.py in a bundle. Rename one of them."):
+        flatten(write(tmp_path, files), "modeling_hsa/modeling_hsa.py")
 
 
 def test_bundle_imports_nothing_but_its_own_files_and_libraries(folder):
@@ -315,29 +388,6 @@ def test_layers_may_be_offloaded_to_disk(folder, model, tmp_path):
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch) -> list[dict]:
-    """A Hub without a network: the commits it was sent, each with the texts of its files."""
-    commits = []
-
-    def create_repo(self, repo_id, **kwargs):
-        assert kwargs.keys() <= {"private", "token", "exist_ok"}
-        name = repo_id if "/" in repo_id else f"someone/{repo_id}"
-        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
-
-    def create_commit(self, repo_id, operations, **kwargs):
-        files = {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
-        commits.append({"repo_id": repo_id, "files": files, **kwargs})
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_branch", lambda self, **kwargs: None)
-    monkeypatch.setattr(
-        huggingface_hub.ModelCard, "load", lambda *args, **kwargs: huggingface_hub.ModelCard("---\ntags: []\n---\n")
-    )
-    return commits
 
 
 def assert_is_complete(commit: dict, folder: Path) -> None:
