@@ -20,7 +20,7 @@ from configuration_hsa import HSAConfig
 from .cache import HSACache
 from .layout import TokenLayout, cut_chunks
 from .ops import chunk_attention, chunk_weights, select_chunks
-from .ops.precision import attention_dtype
+from .precision import attention_dtype
 from .window import window_attention
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .ops.library import count_from
+from .counting import count_from
 
 
 class RowState(NamedTuple):
