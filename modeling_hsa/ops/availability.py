@@ -51,6 +51,16 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over `x`, on any level of nested transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 def _obstacle(x: torch.Tensor, transformed: bool, shape: dict[str, int]) -> str | None:
     """Why the Triton kernels cannot run on `x` with these sizes, or None."""
     obstacle = _obstacle_of_device(x.device.type, x.device.index)

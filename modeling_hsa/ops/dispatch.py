@@ -10,7 +10,7 @@ import torch
 
 from ..counting import count_from
 from ..precision import without_autocast
-from .availability import is_transformed, pick_backend
+from .availability import is_batched, is_transformed, pick_backend
 from .checks import (
     check_device,
     check_floating,
@@ -135,8 +135,9 @@ def select_chunks(
         scores [B, L, Hr, K] fp32 and indices [B, L, Hr, K] int32, ordered from the nearest chunk to the farthest.
         Where fewer than K chunks are visible the rest has index -1 and score -inf.
 
-    Forward-mode derivatives and the transforms of `torch.func` are computed in plain PyTorch; second derivatives by
-    `torch.autograd` need the implementation `"naive"`.
+    Derivatives in forward mode and by the transforms of `torch.func` are those of plain PyTorch: right, of any order,
+    but keeping what backward else computes anew. Second derivatives by `torch.autograd` need the implementation
+    `"naive"`; the others refuse them.
 
     Raises:
         TypeError, ValueError: for types, shapes, dtypes, devices or numbers that do not fit.
@@ -249,7 +250,7 @@ def chunk_attention(
     _check_attention(q, k, v, weights, indices, chunk_size)
     dim = q.shape[-1]
     scale = dim**-0.5 if scale is None else scale
-    check_number("scale", scale, "more than 0 and finite (None is `D ** -0.5`)", above=0.0)
+    check_number("scale", scale, "more than 0 and finite", above=0.0)
     tensors = (q, k, v) if weights is None else (q, k, v, weights)
     transformed = is_transformed(*tensors)
     shape = {"head_dim": dim, "chunk_size": chunk_size, "topk": indices.shape[3]}
@@ -260,6 +261,11 @@ def chunk_attention(
         function = without_autocast(_naive_chunk_attention)
         return function(q, k, v, weights, indices, chunk_size=chunk_size, scale=scale)
     if transformed:
+        if is_batched(indices):
+            raise NotImplementedError(
+                "`torch.func.vmap` over derivatives of chunk attention, where each example has `indices` of its own, "
+                "needs `implementation='naive'` (`hsa_implementation='naive'` in the config)."
+            )
         out, _ = without_autocast(_torch_chunk_attention)(q, k, v, weights, indices, chunk_size, scale)
     else:
         out, _ = _chunk_attention(q, k, v, weights, indices, chunk_size, scale, backend)

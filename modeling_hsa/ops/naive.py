@@ -112,7 +112,7 @@ def chunk_attention(
             scores = scores.masked_fill(absent[..., None], torch.finfo(torch.float32).min)
             probs = scores.flatten(-2).softmax(-1).view_as(scores).masked_fill(absent[..., None], 0.0)
         else:
-            weight = widen(weights[:, :, retrieval_head]).masked_fill(absent, 0.0)
+            weight = weights[:, :, retrieval_head].to(scores.dtype).masked_fill(absent, 0.0)
             probs = scores.softmax(-1) * weight[..., None]
         outputs.append(torch.einsum("blks,blksd->bld", probs, values))
     return torch.stack(outputs, dim=2).to(q.dtype)
