@@ -157,6 +157,8 @@ def select_chunks(
     backend = pick_backend(implementation, q, transformed, retrieval_dim=dim, topk=topk)
     if visible is None:
         _check_start(q_start, batch)
+        if isinstance(q_start, torch.Tensor):
+            check_device("q_start", q_start, "q", q)
         visible = visible_chunks(length, chunk_size, q_start, q.device)
     else:
         _check_visible(visible, q, q_start)

@@ -100,6 +100,7 @@ def test_unknown_implementation_is_refused(op, implementation):
         *(({"chunk_size": n}, f"`chunk_size` must be at least 1, got {n}") for n in (0, -16)),
         ({"q_start": -1}, "`q_start` must be at least 0, got -1"),
         ({"q_start": torch.zeros(2)}, "`q_start` must be int32 or int64, got torch.float32"),
+        ({"q_start": integers(2, **meta)}, "`q_start` is on meta but `q` on cpu. Move"),
         ({"q_start": integers(3)}, r"`q_start` must have the shape \[2\], got \[3\]"),
         *(({"scale": x}, f"`scale` must be finite, got {x}") for x in (float("inf"), float("-inf"), float("nan"))),
         ({"distance_penalty": float("inf")}, "`distance_penalty` must be a number of at least 0, got inf"),
