@@ -12,7 +12,7 @@ from .cache.memory import ChunkMemory
 from .layout import TokenLayout
 from .modules import HSAMLP, HSARMSNorm, head_norm
 from .ops import chunk_attention
-from .ops.precision import attention_dtype
+from .precision import attention_dtype
 from .retrieval import ChunkRetrieval, HSARetrieval
 
 

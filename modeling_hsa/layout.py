@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .ops.library import count_from
+from .counting import count_from
 
 
 class RowState(NamedTuple):

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from .layout import TokenLayout
-from .ops.precision import attention_dtype
+from .precision import attention_dtype
 
 
 _MIN_BLOCK = 64

@@ -5,6 +5,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 from transformers.utils import logging
 
 
@@ -37,11 +38,36 @@ def _obstacle_of_device(kind: str, index: int | None) -> str | None:
     return None
 
 
-def _obstacle(x: torch.Tensor, shape: dict[str, int]) -> str | None:
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """
+    Whether derivatives of `tensors` are taken that an operator with a backward of its own does not have: in forward
+    mode, or by a transform of `torch.func`. (`torch.func.vmap` alone takes none.)
+    """
+    if torch._C._are_functorch_transforms_active():
+        transforms = torch._C._functorch.get_interpreter_stack()
+        if any(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms):
+            return True
+    # Outside of `dual_level()` there are no tangents to look for.
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over `x`, on any level of nested transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def _obstacle(x: torch.Tensor, transformed: bool, shape: dict[str, int]) -> str | None:
     """Why the Triton kernels cannot run on `x` with these sizes, or None."""
     obstacle = _obstacle_of_device(x.device.type, x.device.index)
     if obstacle is not None:
         return obstacle
+    if transformed:
+        return "they have no derivatives in forward mode or for the transforms of `torch.func`"
     if x.dtype not in _DTYPES:
         return f"they take bfloat16, float16 and float32, not {x.dtype}"
     for field, size in shape.items():
@@ -54,9 +80,10 @@ def _obstacle(x: torch.Tensor, shape: dict[str, int]) -> str | None:
     return None
 
 
-def pick_backend(implementation: str, x: torch.Tensor, **shape: int) -> str:
+def pick_backend(implementation: str, x: torch.Tensor, transformed: bool = False, **shape: int) -> str:
     """
-    `"triton"`, `"torch"` or `"naive"` for an operation on `x` (its first tensor) with the sizes `shape`.
+    `"triton"`, `"torch"` or `"naive"` for an operation on `x` (its first tensor) with the sizes `shape`, the tensors
+    of which are `transformed` (see `is_transformed`).
 
     Raises: ValueError for an unknown `implementation`; NotImplementedError if `"triton"` cannot run.
     """
@@ -64,7 +91,7 @@ def pick_backend(implementation: str, x: torch.Tensor, **shape: int) -> str:
         raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS}, got {implementation!r}.")
     if implementation in ("torch", "naive") or implementation == "auto" and x.device.type != "cuda":
         return "naive" if implementation == "naive" else "torch"
-    obstacle = _obstacle(x, shape)
+    obstacle = _obstacle(x, transformed, shape)
     if obstacle is None:
         return "triton"
     if implementation == "triton":

@@ -4,22 +4,25 @@ backward. The operators are the same for every backend, which is an argument: fo
 """
 
 import re
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from .attention import chunk_attention_backward as torch_attention_backward
-from .attention import chunk_attention_forward as torch_attention
-from .precision import without_autocast
-from .selection import select_chunks_backward as torch_selection_backward
-from .selection import select_chunks_forward as torch_selection
+from ..precision import without_autocast
+from .torch_attention import chunk_attention_backward as torch_attention_backward
+from .torch_attention import chunk_attention_forward as torch_attention
+from .torch_selection import select_chunks_backward as torch_selection_backward
+from .torch_selection import select_chunks_forward as torch_selection
 
 
 # A copy of this file that was loaded from the Hub registers operators of its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def _selection(backend: str):
+def _selection(backend: str) -> tuple[Callable, Callable]:
+    """Forward and backward of the selection; Triton is imported where it is used."""
     if backend == "torch":
         return torch_selection, torch_selection_backward
     from .triton_selection import select_chunks_backward, select_chunks_forward
@@ -27,7 +30,8 @@ def _selection(backend: str):
     return select_chunks_forward, select_chunks_backward
 
 
-def _attention(backend: str):
+def _attention(backend: str) -> tuple[Callable, Callable]:
+    """Forward and backward of chunk attention."""
     if backend == "torch":
         return torch_attention, torch_attention_backward
     from .triton_attention import chunk_attention_backward, chunk_attention_forward
@@ -35,24 +39,12 @@ def _attention(backend: str):
     return chunk_attention_forward, chunk_attention_backward
 
 
-def count_from(start: int, length: int, device) -> torch.Tensor:
-    """
-    int64 [length], `torch.arange(start, start + length)`. `| 0` changes nothing, but hides from torch.compile what the
-    numbers are: in PyTorch 2.13 its CPU backend makes `arange // n` in whole blocks of n, and leaves what comes after
-    the last one unwritten.
-    """
-    return torch.arange(start, start + length, device=device) | 0
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::select_chunks", mutates_args=())
 def select_chunks(
     q: Tensor, landmarks: Tensor, first: Tensor, end: Tensor, topk: int, scale: float, distance_penalty: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """
-    See `modeling_hsa.ops.select_chunks`; `first` and `end` are int64 [1 | B, L]. The scores returned are those that
-    selected, less the penalty.
-    """
+    """See `modeling_hsa.ops.select_chunks`; `first` and `end` are integers [1 | B, L]."""
     return without_autocast(_selection(backend)[0])(q, landmarks, first, end, topk, scale, distance_penalty)
 
 
@@ -143,5 +135,14 @@ def _attention_gradients(ctx, d_out, _):
     return d_q, d_k, d_v, None if saved[3] is None else d_weights, *[None] * 4
 
 
+def _refuse_second_derivatives(ctx, *gradients) -> NoReturn:
+    raise NotImplementedError(
+        "Selection and chunk attention have first derivatives only in the backends 'torch' and 'triton'. For second "
+        "ones use `implementation='naive'` (`hsa_implementation='naive'` in the config), or `torch.func.grad` twice."
+    )
+
+
 select_chunks.register_autograd(_selection_gradients, setup_context=_save_selection)
 chunk_attention.register_autograd(_attention_gradients, setup_context=_save_attention)
+select_chunks_backward.register_autograd(_refuse_second_derivatives)
+chunk_attention_backward.register_autograd(_refuse_second_derivatives)

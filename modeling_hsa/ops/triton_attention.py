@@ -16,6 +16,19 @@ Gradients of k and v: a program takes the (query, slot) pairs that retrieved one
 tiles of as many rows, and sums over them: time is linear in the pairs. This gives the gradients of the weights, too.
 
 Nothing uses atomics: results are the same every time.
+
+What differs from flash attention:
+- A query has its own list of chunks. Which keys a tile reads is data, not a function of its place: each block of
+  queries walks the union of its lists, and masks by list, not by position.
+- Every chunk has a softmax of its own, complete when the chunk is read, and a weight that comes from outside and has a
+  gradient. Only `joint` is the online softmax of flash attention.
+- No log-sum-exp is kept for backward (but for `joint`): the softmax of a chunk is computed anew from the chunk alone.
+- Rows of a tile are queries times the heads of a group, so that few queries fill the tensor cores.
+- Gradients of keys and values run over an inverted index, chunk -> queries, not over all queries after the keys.
+- As there, scores and sums are fp32, and probabilities and their gradients are rounded to the dtype of the inputs
+  where they are multiplied with values, keys or queries.
+- As there, a masked row of a tile multiplies what it masks with 0: a chunk that holds NaN reaches the queries of a
+  block of which one retrieved it. What no query of the block retrieved is not read.
 """
 
 from collections.abc import Iterator
@@ -42,6 +55,11 @@ def _union_kernel(
     """
     Grid: (blocks of queries of all rows and retrieval heads / ROWS). Sorts the BLOCK * TOPK indices of each of ROWS
     blocks, descending, and keeps each once. They go through `union` to be compared with their neighbours.
+
+    The barriers are all that this exchange needs. A program is one thread block, and no other touches its part of
+    `union`; `tl.debug_barrier` is the barrier of a thread block (`bar.sync`), which not only waits for its threads but
+    makes what each wrote to global memory before visible to all of them after. The first lets the sorted indices
+    arrive before neighbours are read, the second lets all be read before the ones kept overwrite them.
     """
     program = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = program < blocks_in_all
@@ -187,7 +205,7 @@ def _forward_kernel(
     )  # fmt: skip
     if not mine:
         return
-    kv_head = group * KV_HEADS // GROUPS
+    kv_head = (group * KV_HEADS // GROUPS).to(tl.int64)
     k += row * stride_kb + kv_head * stride_kh
     v += row * stride_vb + kv_head * stride_vh
     column, position = tl.arange(0, D_), tl.arange(0, S_)
@@ -281,7 +299,7 @@ def _query_gradient_kernel(
     )  # fmt: skip
     if not mine:
         return
-    kv_head = group * KV_HEADS // GROUPS
+    kv_head = (group * KV_HEADS // GROUPS).to(tl.int64)
     k += row * stride_kb + kv_head * stride_kh
     v += row * stride_vb + kv_head * stride_vh
     column, position = tl.arange(0, D_), tl.arange(0, S_)

@@ -93,7 +93,10 @@ def _store_sorted(scores_ptr, indices_ptr, row, valid, keys, TOPK: tl.constexpr,
 
 @triton.jit
 def _distance_octaves(end, chunk):
-    """`floor(log2(end - chunk))` as fp32, 0 where `chunk` is not below `end`: the exponent of a float."""
+    """
+    `floor(log2(end - chunk))` as fp32, 0 where `chunk` is not below `end`: the exponent of a float, so exact for
+    distances below 2^24.
+    """
     bits = tl.maximum(end - chunk, 1).to(tl.float32).to(tl.int32, bitcast=True)
     return ((bits >> 23) - 127).to(tl.float32)
 
@@ -293,6 +296,37 @@ def _merge_kernel(
         _store_sorted(scores_ptr, indices_ptr, row, row >= 0, best, TOPK, SLOTS)
 
 
+@triton.jit(do_not_specialize=["num_rows", "length", "heads"])
+def _score_kernel(
+    q_ptr, landmarks_ptr, indices_ptr, scores_ptr, num_rows, length, heads, scale,
+    stride_qb, stride_ql, stride_qh, stride_lb, stride_lc, stride_lh,
+    D: tl.constexpr, TOPK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """
+    `scores[row, k] = scale * q[row] . landmark[indices[row, k]]` for BM rows (a row is a query of a head), where there
+    is a chunk; the scores of the others are -inf already. After a selection by other numbers than the scores.
+
+    Grid: blocks of rows. Memory: the products [BM, BD] in registers; landmarks are gathered.
+    """
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    valid = row < num_rows
+    batch, token, head = row // heads // length, row // heads % length, row % heads
+    q_ptrs = q_ptr + (batch * stride_qb + token * stride_ql + head * stride_qh)[:, None]
+    base = batch * stride_lb + head * stride_lh
+    for k in range(TOPK):
+        chunk = tl.load(indices_ptr + row * TOPK + k, mask=valid, other=-1)
+        present = chunk >= 0
+        landmark_ptrs = landmarks_ptr + (base + chunk.to(tl.int64) * stride_lc)[:, None]
+        total = tl.zeros([BM, BD], tl.float32)
+        for piece in range(0, D, BD):
+            d = (piece + tl.arange(0, BD))[None, :]
+            inside = present[:, None] & (d < D)
+            q = tl.load(q_ptrs + d, mask=inside, other=0.0).to(tl.float32)
+            landmark = tl.load(landmark_ptrs + d, mask=inside, other=0.0).to(tl.float32)
+            total += q * landmark
+        tl.store(scores_ptr + row * TOPK + k, tl.sum(total, 1) * scale, mask=present)
+
+
 def _select_row(q, landmarks, bounds, topk, slots, scale, distance_penalty, found):
     """One query per row. Returns the keys to merge, int64 [rows, groups, slots], or None if `found` is complete."""
     batch, _, heads, dim = q.shape
@@ -348,7 +382,8 @@ def _select_blocks(q, landmarks, bounds, topk, slots, scale, distance_penalty, f
 def select_chunks_forward(q, landmarks, first, end, topk, scale, distance_penalty=0.0):
     """
     The operator `select_chunks` of `library`. Where there are too few queries to fill the device, several programs
-    share the landmarks of a query, and a second kernel merges what they found.
+    share the landmarks of a query, and a second kernel merges what they found. With a distance penalty, what was kept
+    is not the score, which is computed anew for the selected chunks: the same products in another order of their sum.
     """
     q, landmarks = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, landmarks))
     shape = (*q.shape[:3], topk)
@@ -370,6 +405,15 @@ def select_chunks_forward(q, landmarks, first, end, topk, scale, distance_penalt
                 TOPK=topk, SLOTS=slots, BN=tile, SPLIT=groups > 1, num_warps=min(8, max(1, tile // 256)),
             )  # fmt: skip
             keys = merged
+        if distance_penalty:
+            scores, indices = found
+            rows, dim = scores.numel() // topk, q.shape[3]
+            dims = min(128, max(16, next_power_of_2(dim)))
+            block = 2048 // dims
+            _score_kernel[(cdiv(rows, block),)](
+                q, landmarks, indices, scores, rows, *q.shape[1:3], scale, *q.stride()[:3], *landmarks.stride()[:3],
+                D=dim, TOPK=topk, BM=block, BD=dims, num_warps=4,
+            )  # fmt: skip
     return found
 
 

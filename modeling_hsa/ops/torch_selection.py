@@ -1,6 +1,6 @@
 """
-Chunk selection in plain PyTorch, for any device: streams over blocks of landmarks and keeps the best K, so that the
-[queries x chunks] scores never exist beyond one block. Backward goes through the K selected scores only.
+The PyTorch backend of chunk selection, for any device: streams over blocks of landmarks and keeps the best K, so that
+the [queries x chunks] scores never exist beyond one block. Backward goes through the K selected scores only.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _split_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def distance_octaves(end: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
     """
     `floor(log2(end - chunk))`, how often the distance to a chunk has doubled, int32: 0 for the newest visible one, and
-    where `chunk` is not below `end`. Exact, as it is read from the exponent of a float.
+    where `chunk` is not below `end`. Exact for distances below 2^24, as it is read from the exponent of a float.
     """
     return torch.frexp((end - chunk).clamp(min=1).float()).exponent - 1
 
@@ -59,7 +59,10 @@ def _top_keys(scores: torch.Tensor, first_chunk: int, topk: int) -> torch.Tensor
     return keys.topk(min(topk, keys.shape[-1]), dim=-1).values
 
 
-def _best_keys(q, landmarks, first, end, topk, scale, distance_penalty):
+def _best_keys(
+    q: torch.Tensor, landmarks: torch.Tensor, first: torch.Tensor, end: torch.Tensor, topk: int, scale: float,
+    distance_penalty: float,
+) -> torch.Tensor:  # fmt: skip
     """q [rows, n, d], landmarks [rows, c, d], first and end [rows, n] -> the `topk` best keys of each query."""
     rows, length, _ = q.shape
     best = torch.full((rows, length, topk), _ABSENT, dtype=torch.int64, device=q.device)
@@ -77,12 +80,35 @@ def _best_keys(q, landmarks, first, end, topk, scale, distance_penalty):
     return best
 
 
-def select_chunks_forward(q, landmarks, first, end, topk, scale, distance_penalty=0.0):
+def selected_scores(q: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, scale: float) -> torch.Tensor:
+    """
+    `scale * q . landmark` of the chunks `indices` [B, L, Hr, K], fp32; -inf where there is none (-1). Made of plain
+    operations, so differentiable in every mode. Differs from the scores that selected by the order of an fp32 sum.
+    """
+    batch, length, heads, dim = q.shape
+    row = torch.arange(batch, device=q.device)[:, None, None, None]
+    head = torch.arange(heads, device=q.device)[:, None]
+    step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * indices.shape[-1] * dim))
+    scores = []
+    for t in range(0, max(1, length), step):
+        block = slice(t, t + step)
+        absent = indices[:, block] < 0
+        selected = landmarks[row, indices[:, block].long().clamp(min=0), head].float()  # [B, block, Hr, K, d]
+        selected = selected.masked_fill(absent[..., None], 0.0)  # what stands in for no chunk may hold anything
+        products = (selected @ q[:, block].float()[..., None]).squeeze(-1) * scale
+        scores.append(products.masked_fill(absent, float("-inf")))
+    return torch.cat(scores, dim=1)
+
+
+def select_chunks_forward(
+    q: torch.Tensor, landmarks: torch.Tensor, first: torch.Tensor, end: torch.Tensor, topk: int, scale: float,
+    distance_penalty: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The operator `select_chunks` of `library`."""
     batch, length, heads, _ = q.shape
-    # A row is a retrieval head of a batch entry: q [rows, L, d], landmarks [rows, C, d], first and end [rows, L].
-    q, landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
-    rows, num_chunks = landmarks.shape[:2]
+    # A row is a retrieval head of a batch entry: [rows, L, d], landmarks [rows, C, d], first and end [rows, L].
+    row_q, row_landmarks = (x.transpose(1, 2).flatten(0, 1) for x in (q, landmarks))
+    rows, num_chunks = row_landmarks.shape[:2]
     end = end.clamp(max=num_chunks)
     first, end = (x.expand(batch, length).repeat_interleave(heads, dim=0) for x in (first, end))
     best = torch.empty(rows, length, topk, dtype=torch.int64, device=q.device)
@@ -94,26 +120,37 @@ def select_chunks_forward(q, landmarks, first, end, topk, scale, distance_penalt
         for t in range(0, length, step):
             block = slice(t, t + step)
             best[row, block] = _best_keys(
-                q[row, block], landmarks[row], first[row, block], end[row, block], topk, scale, distance_penalty
-            )
-    return tuple(x.unflatten(0, (batch, heads)).transpose(1, 2).contiguous() for x in _split_keys(best))
+                row_q[row, block], row_landmarks[row], first[row, block], end[row, block],
+                topk, scale, distance_penalty,
+            )  # fmt: skip
+    scores, indices = (x.unflatten(0, (batch, heads)).transpose(1, 2).contiguous() for x in _split_keys(best))
+    if distance_penalty:  # the keys hold the scores less the penalty
+        scores = selected_scores(q, landmarks, indices, scale)
+    return scores, indices
 
 
-def select_chunks_backward(d_scores, q, landmarks, indices, scale):
+def select_chunks_backward(
+    d_scores: torch.Tensor, q: torch.Tensor, landmarks: torch.Tensor, indices: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator `select_chunks_backward` of `library`."""
     batch, num_chunks, heads, dim = landmarks.shape
+    # Absent chunks read any landmark, which may hold NaN, and write to a row of their own, beyond the last.
+    rows = batch * heads * num_chunks
     row = torch.arange(batch * heads, device=q.device).view(batch, 1, heads, 1) * num_chunks
-    chunk = (indices.clamp(min=0) + row).flatten(0, 2)
-    d_scores = (d_scores * scale).masked_fill(indices < 0, 0.0).flatten(0, 2)
+    absent = (indices < 0).flatten(0, 2)
+    chunk = (indices + row).flatten(0, 2).masked_fill(absent, rows)
+    d_scores = (d_scores * scale).flatten(0, 2).masked_fill(absent, 0.0)
     flat_q, flat_landmarks = q.reshape(-1, dim), landmarks.transpose(1, 2).reshape(-1, dim)
     d_q = torch.empty(flat_q.shape, dtype=torch.float32, device=q.device)
-    d_landmarks = torch.zeros(flat_landmarks.shape, dtype=torch.float32, device=q.device)
+    d_landmarks = torch.zeros(rows + 1, dim, dtype=torch.float32, device=q.device)
     step = max(1, _BLOCK_ELEMENTS // (indices.shape[-1] * dim))
     for t in range(0, len(flat_q), step):
         block = slice(t, t + step)
         ds = d_scores[block]
-        d_q[block] = (ds[:, None] @ flat_landmarks[chunk[block]].float()).squeeze(1)
+        selected = flat_landmarks[chunk[block].clamp(max=rows - 1)].float()
+        selected = selected.masked_fill_(absent[block][..., None], 0.0)
+        d_q[block] = (ds[:, None] @ selected).squeeze(1)
         contributions = ds[..., None] * flat_q[block].float()[:, None]
         d_landmarks.index_add_(0, chunk[block].flatten(), contributions.flatten(0, 1))
-    d_landmarks = d_landmarks.view(batch, heads, num_chunks, dim).transpose(1, 2)
+    d_landmarks = d_landmarks[:-1].view(batch, heads, num_chunks, dim).transpose(1, 2)
     return d_q.view(q.shape).to(q.dtype), d_landmarks.to(landmarks.dtype, memory_format=torch.contiguous_format)

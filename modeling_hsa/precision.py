@@ -1,11 +1,20 @@
-"""Autocast around the operations must not change their precision: scores and softmax are computed as documented."""
+"""
+In which precision things are computed: scores and softmax as documented, whatever autocast is around them and however
+narrow the inputs; what is not ours as autocast would have it.
+"""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 
-def without_autocast(function):
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Half precision to fp32, wider types as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(function: Callable) -> Callable:
     """Runs `function` with autocast off, on the device of the first tensor among its arguments."""
 
     @functools.wraps(function)
