@@ -17,6 +17,7 @@ _FILES = {
     "modeling_hsa/cache.py": "hsa_cache.py",
     "modeling_hsa/static_cache.py": "hsa_static_cache.py",
     "modeling_hsa/layout.py": "hsa_layout.py",
+    "modeling_hsa/inputs.py": "hsa_inputs.py",
     "modeling_hsa/naming.py": "hsa_naming.py",
     "modeling_hsa/window.py": "hsa_window.py",
     "modeling_hsa/hub.py": "hsa_hub.py",

@@ -149,7 +149,7 @@ def test_mask_has_to_cover_the_cached_tokens_too(model):
 def test_cache_of_another_batch_size_is_refused(model):
     cache = HSACache(model.config)
     model(tokens(2), past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` holds 2 rows but `input_ids` has 3"):
+    with pytest.raises(ValueError, match="`past_key_values` holds 2 rows but the tokens have 3"):
         model(tokens(3), past_key_values=cache)
 
 
