@@ -20,6 +20,8 @@ KEYWORDS = {
     "output_hidden_states": "the user, `generate`",
     "output_retrieval": "the user",
     "return_dict": "the user, pipelines",
+    "tokenizer": "`generate`, which reads it itself, for `stop_strings`",
+    "assistant_tokenizer": "`generate`, as above",
     "return_loss": "`Trainer`, for models without labels",
     "num_items_in_batch": "`Trainer`, by way of the heads",
     "is_causal": "the user; False is refused",
