@@ -55,7 +55,10 @@ ROPE_TYPES = {
 _ROPE_FIELDS = {  # those that are not any number above 0
     "rope_theta": (lambda x: _is_number(x) and x > 1, "a finite number above 1"),
     "factor": (lambda x: _is_number(x) and x >= 1, "a finite number of at least 1"),
-    "original_max_position_embeddings": (lambda x: _is_int(x) and x >= 1, "an integer of at least 1"),
+    "original_max_position_embeddings": (
+        lambda x: _is_int(x) and _is_number(x) and x >= 1,
+        "an integer of at least 1, and finite as a float",
+    ),
     "truncate": (lambda x: isinstance(x, bool), "True or False"),
 }
 _YARN_BETAS = {"beta_slow": 1, "beta_fast": 32}  # where they are left out
@@ -312,6 +315,8 @@ class HSAConfig(PreTrainedConfig):
         self._check_fields()
         self._derive_layers()
         self._check_older_rope(kwargs)
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # Transformers fills it
         super().__post_init__(**kwargs)
         self.validate_hsa()
 

@@ -161,9 +161,8 @@ def build_layout(
         past: where the rows stand after the calls before, or None without a cache.
 
     Raises:
-        ValueError, TypeError: for a mask or position ids whose kind or shape does not fit.
+        ValueError, TypeError: for a mask that is no tensor or does not have this shape.
     """
-    _check_position_ids(position_ids, batch, length)
     is_cached, past = past is not None, past or Past()
     if past.is_step:
         return _step_layout(batch, position_ids, chunk_size, past.rows)
@@ -191,17 +190,6 @@ def build_layout(
         order = real.int().argsort(dim=1, stable=True)
         layout = replace(layout, order=order, real=real.gather(1, order), chunk_end=layout.chunk_end.gather(1, order))
     return layout
-
-
-def _check_position_ids(position_ids: torch.Tensor | None, batch: int, length: int) -> None:
-    if position_ids is None:
-        return
-    if not isinstance(position_ids, torch.Tensor):
-        raise TypeError(f"`position_ids` must be a tensor [batch, tokens], got {type(position_ids).__name__}.")
-    if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
-        raise ValueError(f"`position_ids` must be integers, got {position_ids.dtype}.")
-    if position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch):
-        raise ValueError(f"`position_ids` must have the shape [{batch}, {length}], got {list(position_ids.shape)}.")
 
 
 def _new_columns(attention_mask, batch: int, columns: int, length: int):

@@ -45,8 +45,9 @@ from .cache.memory import CallMemory
 from .cache.static_cache import HSAStaticCache
 from .chunk_encoder import HSAChunkEncoder
 from .config_guard import ConfigGuard
-from .copies import check_cache_class, is_hsa_config
+from .copies import is_hsa_config
 from .hub import save_code
+from .inputs import LOSS_KEYWORDS, check_head_inputs, check_inputs
 from .kinds import LAYER_KINDS
 from .layers import HSALayer
 from .layout import Past, TokenLayout, build_layout
@@ -174,7 +175,9 @@ class HSAModel(HSAPreTrainedModel):
             attention_mask: [B, cached + L], 0 for padding. Padding counts as absent, wherever it is: positions and the
                 chunk grid of a row start at its first real token. Columns of cached tokens are not looked at again.
             position_ids: int64 [1 | B, L]. Where they do not increase a new document starts (packing), and neither
-                window nor retrieval crosses it. By default they are counted from the mask and the cache.
+                window nor retrieval crosses it. By default they are counted from the mask and the cache, or from
+                `cu_seq_lens_q`, `cu_seq_lens_k` (int32 [documents + 1]) or `seq_idx` (int32 [1 | B, L]), the forms in
+                which `DataCollatorWithFlattening` can also tell where documents start.
             past_key_values: an [`HSACache`]. Also as `cache`, its name in Transformers from 5.24 on.
             use_cache: whether to return a cache, one being made if none is given.
             output_retrieval (`bool`): return what every token retrieved.
@@ -183,11 +186,13 @@ class HSAModel(HSAPreTrainedModel):
 
         Raises:
             ValueError: for inputs that do not fit together, with the name of the argument and the fix.
-            TypeError: for a cache of another kind.
+            TypeError: for what is not a tensor, a cache of another kind, and keywords that nobody reads.
         """
         if not torch.compiler.is_compiling():
             self._config_guard.check(self.config)
-        self._check_inputs(input_ids, inputs_embeds, past_key_values, kwargs)
+        position_ids = check_inputs(
+            self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+        )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
@@ -241,51 +246,6 @@ class HSAModel(HSAPreTrainedModel):
             )
         return self.norm(hidden_states)
 
-    def _check_inputs(self, input_ids, inputs_embeds, past_key_values, kwargs) -> None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        given, name, dims = (
-            (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
-        )
-        if not isinstance(given, torch.Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {type(given).__name__}.")
-        if given.dim() != dims or 0 in given.shape:
-            raise ValueError(
-                f"`{name}` must be [batch, tokens{', hidden_size' * (dims == 3)}] with at least one row and one "
-                f"token, got {list(given.shape)}."
-            )
-        if inputs_embeds is not None and (
-            not inputs_embeds.is_floating_point() or inputs_embeds.shape[-1] != self.config.hidden_size
-        ):
-            raise ValueError(
-                f"`inputs_embeds` must be floating point of the width `hidden_size` ({self.config.hidden_size}), got "
-                f"{inputs_embeds.dtype} {list(inputs_embeds.shape)}."
-            )
-        if input_ids is not None:
-            if input_ids.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"`input_ids` must be int64 or int32, got {input_ids.dtype}. Pass token ids.")
-            # On the CPU only: elsewhere it would wait for the device, which raises an error of its own.
-            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-                low, high = torch.aminmax(input_ids)
-                if low < 0 or high >= self.config.vocab_size:
-                    raise ValueError(
-                        f"`input_ids` must be in [0, {self.config.vocab_size}), got ids from {int(low)} to "
-                        f"{int(high)}. Does the tokenizer belong to this model?"
-                    )
-        if past_key_values is not None:
-            check_cache_class(past_key_values)
-        if past_key_values is not None and past_key_values.batch_size not in (-1, given.shape[0]):
-            raise ValueError(
-                f"`past_key_values` holds {past_key_values.batch_size} rows but `{name}` has {given.shape[0]}."
-            )
-        if past_key_values is not None:
-            past_key_values.check_fits(self.config)
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_attentions=True` needs `attn_implementation='eager'`, but it is "
-                f"{self.config._attn_implementation!r}. Call `model.set_attn_implementation('eager')` first."
-            )
-
 
 class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
     """An HSA model with a language modelling head: loads, trains with `Trainer` and generates as Llama does."""
@@ -322,10 +282,16 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         Args:
             labels: int64 [B, L], shifted inside; -100 is ignored. Gives `loss`.
             logits_to_keep: compute the logits of that many last tokens (0: of all), or of the tokens at these indices.
+            num_items_in_batch: what the loss is divided by, instead of by the number of labels that are not ignored.
+            shift_labels: int64 [B, L], labels that a collator has shifted already.
+            ignore_index: the label that is ignored, if not -100.
 
         Returns:
             logits [B, L or kept, vocab_size], `loss`, and what was asked for.
         """
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if kwargs.get(name) is not None}
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_head_inputs(self.config.vocab_size, tokens, labels, logits_to_keep, loss_arguments)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -339,8 +305,10 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or "shift_labels" in loss_arguments:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs, **loss_arguments
+            )
         return HSACausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -452,13 +420,19 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
 class HSAForSequenceClassification(GenericForSequenceClassification, HSAPreTrainedModel):
     """An HSA model with a classification head on the last token of each sequence."""
 
+    accepts_loss_kwargs = False  # the loss is a mean, which `Trainer` divides by its steps of gradient accumulation
+
 
 class HSAForTokenClassification(GenericForTokenClassification, HSAPreTrainedModel):
     """An HSA model with a classification head on every token."""
 
+    accepts_loss_kwargs = False  # the loss is a mean, which `Trainer` divides by its steps of gradient accumulation
+
 
 class HSAForQuestionAnswering(GenericForQuestionAnswering, HSAPreTrainedModel):
     """An HSA model with a head for the start and end of an answer span."""
+
+    accepts_loss_kwargs = False  # the loss is a mean, which `Trainer` divides by its steps of gradient accumulation
 
 
 AUTO_CLASSES = {

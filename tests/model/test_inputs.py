@@ -9,7 +9,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from modeling_hsa import (
     HSACache,
@@ -89,6 +98,11 @@ BAD_TOKENS = {  # inputs, the error, and what it says
         ValueError,
         "`inputs_embeds`.*torch.int64",
     ),
+    "half-precision embeddings": (
+        {"inputs_embeds": torch.zeros(2, 5, 32, dtype=torch.float16)},
+        ValueError,
+        r"`inputs_embeds` is torch.float16, but the model is torch.float32.*`inputs_embeds.to\(model.dtype\)`",
+    ),
     "list of embeddings": ({"inputs_embeds": [[[0.0] * 32]]}, TypeError, "`inputs_embeds`.*tensor.*list"),
 }
 
@@ -105,6 +119,21 @@ BESIDE_TWO_ROWS_OF_70_TOKENS = {
     "mask of one row": ({"attention_mask": torch.ones(1, 70)}, ValueError, r"`attention_mask`.*got \[1, 70\]"),
     "flat mask": ({"attention_mask": torch.ones(70)}, ValueError, r"`attention_mask`.*\[2, 70\].*got \[70\]"),
     "4D mask": ({"attention_mask": torch.ones(2, 1, 70, 70)}, ValueError, r"`attention_mask`.*got \[2, 1, 70, 70\]"),
+    "mask to be added": (
+        {"attention_mask": torch.zeros(2, 70).masked_fill(torch.arange(70) < 3, float("-inf"))},
+        ValueError,
+        "`attention_mask`.*0 for padding.*got -inf",
+    ),
+    "NaN in the mask": (
+        {"attention_mask": torch.ones(2, 70).index_fill(1, torch.tensor(3), float("nan"))},
+        ValueError,
+        "`attention_mask`.*got nan",
+    ),
+    "complex mask": (
+        {"attention_mask": torch.ones(2, 70, dtype=torch.complex64)},
+        ValueError,
+        "`attention_mask`.*com",
+    ),
     "list as mask": ({"attention_mask": [[1] * 70] * 2}, TypeError, "`attention_mask`.*tensor.*list"),
     "masks by layer type": (
         {"attention_mask": {"full_attention": torch.ones(2, 70)}},
@@ -119,6 +148,17 @@ BESIDE_TWO_ROWS_OF_70_TOKENS = {
     ),
     "flat positions": ({"position_ids": torch.arange(70)}, ValueError, r"`position_ids`.*got \[70\]"),
     "float positions": ({"position_ids": torch.arange(70.0)[None]}, ValueError, "`position_ids`.*torch.float32"),
+    "boolean positions": ({"position_ids": torch.ones(1, 70).bool()}, ValueError, "`position_ids`.*torch.bool"),
+    "complex positions": (
+        {"position_ids": torch.zeros(1, 70, dtype=torch.complex64), "use_cache": True},
+        ValueError,
+        "`position_ids`.*torch.complex64",
+    ),
+    "positions that fp64 does not tell apart": (
+        {"position_ids": torch.arange(70)[None] + 2**60},
+        ValueError,
+        r"`position_ids`.*2\*\*53.*1152921504606847045",
+    ),
     "list of positions": ({"position_ids": [list(range(70))]}, TypeError, "`position_ids`.*tensor.*list"),
     "foreign cache": (
         {"past_key_values": DynamicCache()},
@@ -126,6 +166,61 @@ BESIDE_TWO_ROWS_OF_70_TOKENS = {
         "`past_key_values`.*HSACache, got DynamicCache.*use_cache",
     ),
     "tuple as cache": ({"past_key_values": ((1, 2),)}, TypeError, "`past_key_values`.*HSACache, got tuple"),
+    "bounds that are a list": ({"cu_seq_lens_q": [0, 70]}, TypeError, "`cu_seq_lens_q`.*tensor.*list"),
+    "bounds of two rows": (
+        {"cu_seq_lens_q": torch.tensor([0, 30, 70])},
+        ValueError,
+        r"`cu_seq_lens_q`.*one row, got \[3\] for 2 rows",
+    ),
+    "short indices of documents": (
+        {"seq_idx": torch.zeros(2, 69).int()},
+        ValueError,
+        r"`seq_idx`.*\[2, 70\], got \[2, 69\]",
+    ),
+    "float indices of documents": ({"seq_idx": torch.zeros(2, 70)}, ValueError, "`seq_idx` must be int64 or int32"),
+    "indices of documents with a mask": (
+        {"seq_idx": torch.zeros(2, 70).int(), "attention_mask": torch.ones(2, 70)},
+        ValueError,
+        "`seq_idx` beside an `attention_mask`.*needs `position_ids`",
+    ),
+    "segments": (
+        {"token_type_ids": torch.ones(2, 70).long()},
+        ValueError,
+        r"`token_type_ids` must be zeros of the shape \[2, 70\].*Leave it out",
+    ),
+    "two directions": ({"is_causal": False}, ValueError, "`is_causal=False`.*Leave it out"),
+    "misspelt keyword": ({"output_retreival": True}, TypeError, "`output_retreival`.*Did you mean `output_retrieval`"),
+    "misspelt argument": ({"atention_mask": torch.ones(2, 70)}, TypeError, "`atention_mask`.*mean `attention_mask`"),
+    "unknown keyword": ({"foo": 1}, TypeError, "`foo` is not an argument.*Leave it out"),
+    "labels that are too large": (
+        {"labels": torch.full((2, 70), 99)},
+        ValueError,
+        r"`labels` must be in \[0, 99\) or -100, got labels from 99 to 99",
+    ),
+    "negative labels": ({"labels": torch.full((2, 70), -1)}, ValueError, r"`labels`.*\[0, 99\) or -100"),
+    "float labels": ({"labels": torch.ones(2, 70)}, ValueError, "`labels` must be int64, got torch.float32"),
+    "short labels": ({"labels": torch.ones(2, 69).long()}, ValueError, r"`labels`.*\[2, 70\], got \[2, 69\]"),
+    "list of labels": ({"labels": [[1] * 70] * 2}, TypeError, "`labels`.*tensor.*list"),
+    "shifted labels that are too large": (
+        {"shift_labels": torch.full((2, 70), 99)},
+        ValueError,
+        r"`shift_labels` must be in \[0, 99\)",
+    ),
+    "labels without logits": (
+        {"labels": tokens(), "logits_to_keep": 1},
+        ValueError,
+        "`labels` need the logits of all tokens.*`logits_to_keep`",
+    ),
+    "a fraction of the logits": ({"logits_to_keep": 0.5}, ValueError, "`logits_to_keep` must be an integer.*got 0.5"),
+    "negative number of logits": ({"logits_to_keep": -1}, ValueError, "`logits_to_keep`.*at least 0.*got -1"),
+    "a switch for logits": ({"logits_to_keep": True}, ValueError, "`logits_to_keep` must be an integer.*got True"),
+    "logits of tokens beyond": (
+        {"logits_to_keep": torch.tensor([3, 70])},
+        ValueError,
+        r"`logits_to_keep` must be in \[0, 70\), got indices from 3 to 70",
+    ),
+    "a mask of logits": ({"logits_to_keep": torch.ones(70).bool()}, ValueError, "`logits_to_keep`.*torch.bool"),
+    "logits by row": ({"logits_to_keep": torch.zeros(2, 3).long()}, ValueError, r"`logits_to_keep`.*\[2, 3\]"),
     "attentions of sdpa": ({"output_attentions": True}, ValueError, "`output_attentions=True` needs.*'eager'.*'sdpa'"),
 }
 
@@ -149,7 +244,7 @@ def test_mask_has_to_cover_the_cached_tokens_too(model):
 def test_cache_of_another_batch_size_is_refused(model):
     cache = HSACache(model.config)
     model(tokens(2), past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` holds 2 rows but `input_ids` has 3"):
+    with pytest.raises(ValueError, match="`past_key_values` holds 2 rows but the tokens have 3"):
         model(tokens(3), past_key_values=cache)
 
 
@@ -174,6 +269,107 @@ def test_cache_of_another_model_is_refused(model, changes):
 def test_configuration_of_another_model_is_refused(cls):
     with pytest.raises(TypeError, match=f"{cls.__name__} needs an HSAConfig, got LlamaConfig.*'llama'"):
         cls(LlamaConfig(num_hidden_layers=1))
+
+
+def test_labels_are_for_models_with_a_head(model):
+    with pytest.raises(TypeError, match="`labels`.*with a head"):
+        model.model(tokens(), labels=tokens())
+
+
+@torch.no_grad()
+def test_bad_arguments_of_the_head_leave_the_cache_as_it_was(model):
+    cache = HSACache(model.config)
+    for bad in ({"labels": tokens() + 99}, {"logits_to_keep": -1}, {"foo": 1}):
+        with pytest.raises((TypeError, ValueError)):
+            model(tokens(), past_key_values=cache, **bad)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_keywords_that_others_pass_go_through(model):
+    expected = model(tokens()).logits
+    for keywords in (
+        {"token_type_ids": torch.zeros(2, 70).long()},  # tokenizers of other models
+        {"return_loss": True, "num_items_in_batch": 3},  # Trainer
+        {"output_hidden_states": True, "output_attentions": False, "output_retrieval": True, "return_dict": True},
+        {"is_causal": True},
+        {"max_length_q": 70, "max_length_k": 70},
+        {"head_mask": None, "cache_position": None, "labels": None},  # what is None asks for nothing
+    ):
+        assert torch.equal(model(tokens(), **keywords).logits, expected), keywords
+
+
+@torch.no_grad()
+def test_embeddings_of_another_dtype_are_cast_by_autocast(model):
+    embeddings = model.get_input_embeddings()(tokens())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(inputs_embeds=embeddings.bfloat16()).logits.isfinite().all()
+    half = tiny_model().to(torch.bfloat16)
+    assert half(inputs_embeds=embeddings.bfloat16()).logits.dtype == torch.bfloat16
+
+
+# -- documents told of in other forms ---------------------------------------------------------------------------------
+
+
+def packed(collator) -> dict:
+    """Documents of 23, 1, 40 and 6 tokens in one row, as the collator gives them."""
+    return collator([{"input_ids": ids.tolist()} for ids in tokens(1)[0].split([23, 1, 40, 6])])
+
+
+FORMS = {
+    "flash attention": {"return_flash_attn_kwargs": True},
+    "indices of documents": {"return_seq_idx": True},
+    "both": {"return_flash_attn_kwargs": True, "return_seq_idx": True},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_bounds_of_documents_are_obeyed_in_every_form(model, form, with_positions):
+    batch = packed(DataCollatorWithFlattening(return_position_ids=with_positions, **form))
+    assert ("position_ids" in batch) is with_positions
+    expected = [model(ids[None], labels=ids[None]) for ids in tokens(1)[0].split([23, 1, 40, 6])]
+    outputs = model(**batch)
+    assert relative_error(outputs.logits, torch.cat([one.logits for one in expected], dim=1)) <= 1e-5
+    counts = torch.tensor([22, 0, 39, 5])
+    mean = sum(one.loss * n for one, n in zip(expected, counts) if n) / counts.sum()
+    assert outputs.loss.item() == pytest.approx(mean.item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_keys_alone_tell_where_documents_start(model):
+    bounds = torch.tensor([0, 30, 30, 70])  # a document without tokens changes nothing
+    expected = model(tokens(1), cu_seq_lens_q=bounds).logits
+    assert relative_error(expected[:, 30:], model(tokens(1)[:, 30:]).logits) <= 1e-5
+    assert torch.equal(model(tokens(1), cu_seq_lens_k=bounds).logits, expected)
+    with pytest.raises(ValueError, match="`cu_seq_lens_k` and `cu_seq_lens_q` do not agree"):
+        model(tokens(1), cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 70]))
+
+
+@pytest.mark.parametrize("bounds", [[0, 30], [1, 70], [0, 40, 30, 70], [0, 71], [70]], ids=str)
+def test_bounds_that_are_none_of_the_row_are_refused(model, bounds):
+    with pytest.raises(ValueError, match="`cu_seq_lens_q`"):
+        model(tokens(1), cu_seq_lens_q=torch.tensor(bounds))
+
+
+def test_bounds_that_do_not_agree_with_the_positions_are_refused(model):
+    restart = torch.cat([torch.arange(30), torch.arange(40)])[None]
+    for name, value in (
+        ("cu_seq_lens_q", torch.tensor([0, 31, 70])),
+        ("seq_idx", (torch.arange(70) > 30).int()[None]),
+    ):
+        for position_ids in (restart, torch.arange(70)[None]):
+            with pytest.raises(ValueError, match=f"`{name}` and `position_ids` do not agree"):
+                model(tokens(1), position_ids=position_ids, **{name: value})
+
+
+@torch.no_grad()
+def test_bounds_beside_cached_tokens_need_positions(model):
+    cache = model(tokens(1)[:, :20], use_cache=True)[CACHE]
+    bounds = torch.tensor([0, 20, 50])
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` beside.*cached tokens needs `position_ids`"):
+        model(tokens(1)[:, 20:], past_key_values=cache, cu_seq_lens_q=bounds)
 
 
 def test_forced_triton_is_refused_where_it_cannot_run():
@@ -315,6 +511,15 @@ def test_loss_is_normalised_by_num_items_in_batch(model):
     assert sum(halves).item() == pytest.approx(whole.item(), rel=1e-5)
     gradients = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (whole, sum(halves))]
     assert relative_error(gradients[1], gradients[0]) <= 1e-5
+
+
+def test_shifted_labels_give_the_loss_of_labels(model):
+    expected = model(tokens(), labels=tokens()).loss
+    shifted = torch.nn.functional.pad(tokens()[:, 1:], (0, 1), value=-100)
+    assert model(tokens(), shift_labels=shifted).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    ignored = tokens().masked_fill(torch.arange(70) < 9, -1)
+    expected = model(tokens(), labels=ignored.masked_fill(ignored == -1, -100)).loss
+    assert model(tokens(), labels=ignored, ignore_index=-1).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @torch.no_grad()
@@ -595,6 +800,55 @@ def test_question_answering_of_padded_rows():
         assert relative_error(outputs.end_logits[row, mask[row] != 0], alone.end_logits[0]) <= 1e-5
     outputs.loss.backward()
     assert outputs.loss.isfinite() and model.qa_outputs.weight.grad.any()
+
+
+HEADS = {
+    HSAForCausalLM: lambda ids, i: {"labels": ids},
+    HSAForSequenceClassification: lambda ids, i: {"labels": i % 3},
+    HSAForTokenClassification: lambda ids, i: {"labels": [one % 3 for one in ids]},
+    HSAForQuestionAnswering: lambda ids, i: {"start_positions": i, "end_positions": i + 3},
+}
+
+
+def gradients_of_a_step(cls, steps: int, folder) -> torch.Tensor:
+    """What the optimizer of `Trainer` gets from four rows, in so many steps of accumulation."""
+    model = make_head(cls, num_labels=3, classifier_dropout=0.0)
+    gradients = []
+
+    class Recorder(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            gradients.extend(p.grad.flatten().clone() for p in model.parameters() if p.grad is not None)
+
+    rows = [{"input_ids": ids, **HEADS[cls](ids, i)} for i, ids in enumerate(tokens(4).tolist())]
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=4 // steps, gradient_accumulation_steps=steps, max_steps=1,
+        max_grad_norm=0, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows, callbacks=[Recorder()]).train()
+    return torch.cat(gradients)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_accumulated_gradients_are_those_of_the_whole_batch(cls, tmp_path):
+    whole, accumulated = (gradients_of_a_step(cls, steps, tmp_path) for steps in (1, 2))
+    assert relative_error(accumulated, whole) <= 1e-5
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_trainer_predicts_with_a_cache_in_the_outputs(cls, tmp_path):
+    model = make_head(cls, num_labels=3)
+    rows = [{"input_ids": ids, **HEADS[cls](ids, i)} for i, ids in enumerate(tokens(4).tolist())]
+    arguments = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=2, use_cache=True, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    predictions = Trainer(model, arguments).predict(rows).predictions
+    with torch.no_grad():
+        outputs = model(tokens(4), use_cache=False)
+    expected = (outputs.start_logits, outputs.end_logits) if cls is HSAForQuestionAnswering else (outputs.logits,)
+    predictions = predictions if isinstance(predictions, tuple) else (predictions,)
+    assert len(predictions) == len(expected)
+    for actual, logits in zip(predictions, expected):
+        assert relative_error(torch.tensor(actual), logits) <= 1e-5
 
 
 # -- embeddings -------------------------------------------------------------------------------------------------------
