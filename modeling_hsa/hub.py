@@ -13,6 +13,7 @@ _FILES = {
     "configuration_hsa/configuration_hsa.py": "configuration_hsa.py",
     "configuration_hsa/versions.py": "hsa_versions.py",
     "modeling_hsa/modeling_hsa.py": "modeling_hsa.py",
+    "modeling_hsa/generation.py": "hsa_generation.py",
     "modeling_hsa/layers.py": "hsa_layers.py",
     "modeling_hsa/cache.py": "hsa_cache.py",
     "modeling_hsa/static_cache.py": "hsa_static_cache.py",

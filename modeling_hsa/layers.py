@@ -162,6 +162,9 @@ class HSAWindowAttention(HSAAttention):
 class HSALayer(GradientCheckpointingLayer):
     """A layer of the decoder, of either kind."""
 
+    # The model itself leaves out the cache, and only where there are gradients: see `HSAModel.forward`.
+    _can_checkpoint_with_cache = True
+
 
 class HSADecoderLayer(HSALayer):
     """A Llama layer with window attention."""
