@@ -239,9 +239,14 @@ class HSAGenerationMixin(GenerationMixin):
                 f"{prompt.shape[1]}. Pass a mask for cached and new tokens together."
             )
         length, read = prompt.shape[1], 0
-        # Who asks for what the layers computed gets it for the whole prompt, so in one piece.
-        observed = generation_config.output_hidden_states or generation_config.output_attentions
-        if segment is not None and length > segment and not observed:
+        # Who asks for what the layers computed gets it for the whole prompt, so in one piece. An assistant whose
+        # vocabulary Transformers has cut to that of another model sees more than one token in its first call only.
+        in_one_piece = (
+            generation_config.output_hidden_states
+            or generation_config.output_attentions
+            or hasattr(self.get_input_embeddings(), "assistant_overlap_token_ids")
+        )
+        if segment is not None and length > segment and not in_one_piece:
             name = "input_ids" if embeds is None else "inputs_embeds"
             positions = None if position_ids is None else position_ids[..., -length:]
             step = most_left or segment

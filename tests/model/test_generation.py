@@ -516,6 +516,31 @@ def test_an_assistant_reads_in_segments_and_records_only_the_last(main, monkeypa
     assert min(recorded_from) == 11 * 16
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_assistant_may_have_another_tokenizer(model, do_sample):
+    words = ["[PAD]", "[EOS]", *(f"w{i}" for i in range(2, 101))]
+    main, other = (
+        Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[PAD]"))
+        for vocabulary in (words[:99], [*words[:2], *words[:1:-1]])
+    )
+    tokenizers = []
+    for fast in (main, other):
+        fast.pre_tokenizer = WhitespaceSplit()
+        tokenizers.append(PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", eos_token="[EOS]"))
+    assistant, ids = tiny_model(1, vocab_size=101), random_ids(1, 50).clamp(min=2)
+    assistant.generation_config.prefill_chunk_size = 16
+    sequences = model.generate(
+        ids,
+        assistant_model=assistant,
+        tokenizer=tokenizers[0],
+        assistant_tokenizer=tokenizers[1],
+        **GREEDY | {"do_sample": do_sample},
+    )
+    assert sequences.shape == (1, 50 + NEW_TOKENS)
+    if not do_sample:
+        assert torch.equal(sequences, model.generate(ids, **GREEDY))
+
+
 def test_assisted_generation_needs_all_tokens(model):
     ids = random_ids(1, 30)
     with torch.no_grad():

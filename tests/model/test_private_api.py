@@ -15,7 +15,11 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.generation import GenerationMixin, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation import (
+    GenerationMixin,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    candidate_generator,
+)
 from transformers.generation import utils as generation_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -141,6 +145,13 @@ def test_generate_says_how_long_the_mask_is():
     tiny_model().generate(random_ids(1, 9), max_new_tokens=2, pad_token_id=0, custom_generate=custom)
     assert isinstance(seen["cache"], modeling_hsa.HSACache)
     assert seen["length"] == 9 if seen["mask"] is None else seen["mask"].shape == (1, 9)
+
+
+def test_an_assistant_with_a_cut_vocabulary_is_known_by_its_embedding():
+    """The first call is then the whole prompt: see `HSAGenerationMixin._read_prompt`."""
+    overlap = torch.tensor([1, 2])
+    embedding = candidate_generator._MapInputEmbedding(torch.nn.Embedding(4, 2), overlap)
+    assert embedding.assistant_overlap_token_ids is overlap
 
 
 def test_guidance_keeps_its_context_under_these_names():
