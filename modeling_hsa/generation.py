@@ -81,8 +81,13 @@ class HSAGenerationMixin(GenerationMixin):
             )
         if isinstance(cache, tuple):
             return  # Transformers refuses it, in the words of the version.
+        if not hasattr(cache, "reserve"):
+            raise TypeError(
+                f"`past_key_values` must be an HSACache, got {type(cache).__name__}. Leave it out, or make one with "
+                "`HSACache(model.config)`."
+            )
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        given = getattr(cache, "batch_size", -1)  # a cache of another kind is refused by the model
+        given = cache.batch_size
         if given not in (-1, rows):
             fix = (
                 f"Call `past_key_values.batch_repeat_interleave({rows // given})` first."

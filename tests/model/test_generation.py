@@ -602,9 +602,10 @@ def test_kinds_of_cache_that_do_not_exist_here_are_refused(model, kind):
         model.generate(random_ids(1, 5), cache_implementation=kind, **GREEDY)
 
 
-def test_a_cache_of_another_kind_is_refused(model):
+@pytest.mark.parametrize("way", [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}], ids=str)
+def test_a_cache_of_another_kind_is_refused(model, way):
     with pytest.raises(TypeError, match="past_key_values.*HSACache.*DynamicCache"):
-        model.generate(random_ids(1, 5), past_key_values=DynamicCache(), **GREEDY)
+        model.generate(random_ids(1, 5), past_key_values=DynamicCache(), **way, **GREEDY)
 
 
 @pytest.mark.parametrize("way", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str)
