@@ -8,7 +8,6 @@ What differs from Llama:
 - the cache holds a window per layer and one chunk memory, instead of all keys and values of all layers.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +24,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers import initialization as init
-from transformers.generation import GenerationMixin, MaxLengthCriteria
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -42,10 +40,10 @@ from configuration_hsa import HSAConfig
 from .attention import HSAWindowAttention
 from .cache.hsa_cache import HSACache
 from .cache.memory import CallMemory
-from .cache.static_cache import HSAStaticCache
 from .chunk_encoder import HSAChunkEncoder
 from .config_guard import ConfigGuard
 from .copies import is_hsa_config
+from .generation import PREFILL_CHUNK_SIZE, HSAGenerationMixin
 from .hub import save_code
 from .inputs import LOSS_KEYWORDS, check_head_inputs, check_inputs
 from .kinds import LAYER_KINDS
@@ -58,10 +56,6 @@ from .retrieval import ChunkRetrieval, HSARetrieval
 
 
 logger = logging.get_logger(__name__)
-
-# Tokens that `generate` reads at a time. Memory beyond the cache is that of one segment, whatever the length of the
-# prompt.
-PREFILL_CHUNK_SIZE = 4096
 
 
 @dataclass
@@ -152,7 +146,6 @@ class HSAModel(HSAPreTrainedModel):
             self.chunk_encoder = HSAChunkEncoder(config)
         self.norm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HSARotaryEmbedding(config)
-        self.gradient_checkpointing = False
         self._config_guard = ConfigGuard(config)
         self.post_init()
 
@@ -195,7 +188,10 @@ class HSAModel(HSAPreTrainedModel):
         )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+        # What Transformers switches on is an attribute of the layers. If this module had one too, older versions would
+        # switch off `use_cache` for its sake, also where no gradient is wanted.
+        is_checkpointing = self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing
+        if is_checkpointing and (use_cache or past_key_values is not None):
             logger.warning_once(
                 "A cache does not go with gradient checkpointing: `use_cache` and the cache are ignored."
             )
@@ -247,7 +243,7 @@ class HSAModel(HSAPreTrainedModel):
         return self.norm(hidden_states)
 
 
-class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
+class HSAForCausalLM(HSAPreTrainedModel, HSAGenerationMixin):
     """An HSA model with a language modelling head: loads, trains with `Trainer` and generates as Llama does."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -317,104 +313,6 @@ class HSAForCausalLM(HSAPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             retrieval=outputs.retrieval,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
-        cache = model_kwargs.get(CACHE)
-        if generation_config.use_cache is False or cache is not None:
-            if isinstance(cache, HSAStaticCache) and max_cache_length > cache.max_length:
-                raise ValueError(
-                    f"`past_key_values` has the `max_length` {cache.max_length}, but the prompt and the new tokens "
-                    f"need {max_cache_length}. Make it with a larger `max_length`, or generate fewer tokens."
-                )
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, mode, batch_size, max_cache_length
-            )
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "offloaded", "static"):
-            raise ValueError(
-                f"`cache_implementation={kind!r}` does not exist for HSA models, whose cache is an HSACache. Leave it "
-                "out, use 'offloaded' to keep the chunk memory on the CPU, or 'static' to compile decoding."
-            )
-        if kind == "static":
-            # As in Transformers: never shorter than before, so that what was compiled fits again.
-            lengths = (max_cache_length, generation_config.max_cache_len, getattr(self, "_max_cache_length", None))
-            self._max_cache_length = max(length or 1 for length in lengths)
-            cache = HSAStaticCache(self.config, self._max_cache_length)
-        else:
-            cache = HSACache(self.config, offloading=kind == "offloaded")
-        if getattr(generation_config, "is_assistant", False):
-            cache.activate_past_recording()
-        model_kwargs[CACHE] = cache
-
-    def create_masks_for_generate(self, attention_mask, is_first_iteration=False, **kwargs):
-        """Of a static cache: after the prompt every token is real, and its steps have no mask, which would grow."""
-        return attention_mask if is_first_iteration else None
-
-    # `config.max_position_embeddings` is the length of training and no limit, as Transformers takes it to be: it cuts
-    # its default length to it and warns beyond it.
-
-    def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
-        if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_new_tokens = generation_config.max_length
-        return super()._prepare_generated_length(
-            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
-        )
-
-    def _get_stopping_criteria(self, *args, **kwargs):
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria):
-                criterion.max_position_embeddings = None
-        return criteria
-
-    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """
-        Reads all but the last `prefill_chunk_size` tokens of the prompt into the cache, in segments and without
-        logits, and leaves the rest to Transformers. (Its own segments know neither `inputs_embeds` nor, before 5.20, a
-        cache that already holds tokens.)
-        """
-        segment = generation_config.prefill_chunk_size
-        cache = model_kwargs.get(CACHE)
-        if segment is not None:
-            if not isinstance(segment, int) or segment < 1:
-                raise ValueError(
-                    f"`prefill_chunk_size` must be an integer of at least 1, or None for one piece, got {segment!r}."
-                )
-            generation_config = copy.copy(generation_config)
-            generation_config.prefill_chunk_size = None
-        # Who asks for what the layers computed gets it for the whole prompt, so in one piece.
-        observed = generation_config.output_hidden_states or generation_config.output_attentions
-        if segment is not None and cache is not None and not observed:
-            # Transformers leaves out a mask of ones, from 5.18 on, and notes its length.
-            mask = model_kwargs.get("attention_mask")
-            total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
-            input_ids = self._prefill_segments(input_ids, segment, cache, model_kwargs, is_first_iteration, total)
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-
-    def _prefill_segments(self, input_ids, segment, cache, model_kwargs, is_first_iteration, total):
-        """`total`: tokens of the prompt, cached ones included. Returns the token ids that are left to read."""
-        mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        past = cache.get_seq_length()
-        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
-        prompt = input_ids if embeds is None else embeds
-        if embeds is not None or prompt.shape[1] == total:
-            prompt = prompt[:, past:]  # it holds the cached tokens too
-        length = prompt.shape[1]
-        if length <= segment:
-            return input_ids
-        positions = None if position_ids is None else position_ids[..., -length:]
-        last = (length - 1) // segment * segment
-        cache.reserve(past + length + segment)
-        for start in range(0, last, segment):
-            span = slice(start, start + segment)
-            self.model(
-                **{"input_ids" if embeds is None else "inputs_embeds": prompt[:, span]},
-                attention_mask=None if mask is None else mask[:, : past + start + segment],
-                position_ids=None if positions is None else positions[..., span],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return input_ids if embeds is not None else prompt[:, last:]
 
 
 class HSAForSequenceClassification(GenericForSequenceClassification, HSAPreTrainedModel):

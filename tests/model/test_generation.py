@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -276,7 +277,57 @@ def test_prompts_of_thousands_of_tokens_are_read_in_segments_by_default(model, s
     assert torch.equal(sequences, whole)
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [0, -1, 2.5])
+@pytest.mark.parametrize("cached", [0, 20, 49])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole row", "padded row"])
+@pytest.mark.parametrize("way", ["greedy", "sampling", "beams", "prompt lookup", "assistant", "custom"])
+def test_every_way_of_decoding_reads_segments_and_nothing_twice(model, segment_lengths, way, is_padded, cached):
+    """Also where the cache holds the start of the prompt, and the cache goes on to the next turn."""
+    ids, mask = random_ids(1, 50), torch.ones(1, 50, dtype=torch.long)
+    mask[:, : 3 * is_padded] = 0
+    settings = {
+        "greedy": {},
+        "sampling": {"do_sample": True, "top_k": 1},
+        "beams": {"num_beams": 3},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": assistant_of(model, 3)},
+        "custom": {"custom_generate": type(model)._sample},
+    }[way]
+    beams = {"num_beams": settings.get("num_beams", 1)}
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY | beams)
+
+    cache = HSACache(model.config)
+    if cached:
+        with torch.no_grad():
+            model(ids[:, :cached], attention_mask=mask[:, :cached], past_key_values=cache)
+        cache.batch_repeat_interleave(beams["num_beams"])
+    segment_lengths.clear()
+    sequences = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, prefill_chunk_size=16, **GREEDY | settings
+    )
+    assert torch.equal(sequences, expected)
+    assert max(segment_lengths) <= 16
+    assert cache.get_seq_length() == 50 + NEW_TOKENS - 1
+
+    if way != "beams":
+        ids = torch.cat([sequences, random_ids(1, 20)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - 50), value=1)
+        sequences = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY | settings)
+        assert torch.equal(sequences, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 7, 49])
+def test_a_negative_prompt_is_read_in_segments(model, segment_lengths, prefill_chunk_size):
+    ids, (negative, mask) = random_ids(2, 20), left_padded(50, 33)
+    settings = {"guidance_scale": 1.5, "negative_prompt_ids": negative, "negative_prompt_attention_mask": mask}
+    expected = model.generate(ids, use_cache=False, **settings, **GREEDY)
+    segment_lengths.clear()
+    sequences = model.generate(ids, prefill_chunk_size=prefill_chunk_size, **settings, **GREEDY)
+    assert torch.equal(sequences, expected)
+    assert max(segment_lengths) == (prefill_chunk_size or 50)
+    assert sum(segment_lengths) == 20 + 50 + 2 * (NEW_TOKENS - 1)
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [0, -1, 2.5, True])
 def test_segments_that_make_no_sense_are_refused(model, prefill_chunk_size):
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(random_ids(1, 50), prefill_chunk_size=prefill_chunk_size, **GREEDY)
@@ -346,6 +397,45 @@ def test_beam_search_goes_on_from_a_repeated_cache(model):
     assert torch.equal(sequences, model.generate(ids, num_beams=3, **GREEDY))
 
 
+@pytest.mark.parametrize("length", [5, 30])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_prompt_that_the_cache_holds_already_is_refused(model, length, with_mask):
+    """Also one that is shorter: it would be read once more, after itself."""
+    ids = random_ids(1, 30)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    settings = {"attention_mask": torch.ones(1, length, dtype=torch.long)} if with_mask else {}
+    for way in ({}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match="past_key_values. holds 30 tokens, but the prompt has"):
+            model.generate(ids[:, :length], past_key_values=cache, **settings, **way, **GREEDY)
+    cache.crop(-1)  # what the message advises
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("masked", [0, 3])
+def test_a_mask_that_fits_neither_all_tokens_nor_the_new_ones_is_refused(model, masked):
+    ids = random_ids(1, 30)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    mask = torch.ones(1, 35, dtype=torch.long)
+    mask[:, :masked] = 0
+    with pytest.raises(ValueError, match="attention_mask. has 35 columns.*holds 30 tokens.*input_ids. has 9"):
+        model.generate(random_ids(1, 9), attention_mask=mask, past_key_values=cache, **GREEDY)
+
+
+def test_more_sequences_than_the_cache_has_rows_are_refused(model):
+    ids = random_ids(1, 50)
+    with torch.no_grad():
+        cache = model(ids[:, :30]).past_key_values
+    settings = GREEDY | {"num_beams": 3, "num_return_sequences": 3}
+    with pytest.raises(ValueError, match=r"holds 1 rows but 3.*batch_repeat_interleave\(3\)"):
+        model.generate(ids, past_key_values=cache, **settings)
+    cache.batch_repeat_interleave(3)  # what the message advises
+    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), model.generate(ids, **settings))
+    with pytest.raises(ValueError, match="holds 3 rows but 2.*prompt of as many rows"):
+        model.generate(random_ids(2, 120), past_key_values=cache, **GREEDY)
+
+
 # -- assisted generation ----------------------------------------------------------------------------------------------
 
 
@@ -359,6 +449,13 @@ def assistant_of(model, tokens: int, noise: float = 0.1):
     draft.num_assistant_tokens, draft.num_assistant_tokens_schedule = tokens, "constant"
     draft.assistant_confidence_threshold = 0.0
     return assistant
+
+
+def _tiny_llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                    initializer_range=0.2, bos_token_id=None, eos_token_id=None)
+    ).eval()  # fmt: skip
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole row", "padded row"])
@@ -388,13 +485,102 @@ def test_prompt_lookup_equals_greedy(variant_model):
 
 
 def test_models_of_other_kinds_assist_and_are_assisted(model):
-    llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                    initializer_range=0.2)
-    ).eval()  # fmt: skip
-    ids = random_ids(1, 50)
+    llama, ids = _tiny_llama(), random_ids(1, 50)
     for target, assistant in ((model, llama), (llama, copy.deepcopy(model))):
         assert torch.equal(target.generate(ids, assistant_model=assistant, **GREEDY), target.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("main", ["hsa", "llama"])
+def test_an_assistant_reads_in_segments_and_records_only_the_last(main, monkeypatch):
+    """The cache of an assistant records what it may have to forget, which is not the whole prompt."""
+    assistant, ids = tiny_model(1), random_ids(1, 200)
+    assistant.generation_config.prefill_chunk_size = 16
+    lengths, recorded_from = [], []
+    activate = HSACache.activate_past_recording
+
+    def record(module, args, kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+
+    def activate_and_note(cache):
+        recorded_from.append(cache.get_seq_length())
+        activate(cache)
+
+    assistant.model.register_forward_pre_hook(record, with_kwargs=True)
+    monkeypatch.setattr(HSACache, "activate_past_recording", activate_and_note)
+    target = tiny_model() if main == "hsa" else _tiny_llama()
+    settings = GREEDY | ({"prefill_chunk_size": 16} if main == "hsa" else {})
+    sequences = target.generate(ids, assistant_model=assistant, **settings)
+    assert torch.equal(sequences, target.generate(ids, **GREEDY))
+    assert lengths[:13] == [16] * 12 + [8]
+    assert max(lengths[13:]) <= 3
+    assert min(recorded_from) == 11 * 16
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_assistant_may_have_another_tokenizer(model, do_sample):
+    words = ["[PAD]", "[EOS]", *(f"w{i}" for i in range(2, 101))]
+    main, other = (
+        Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[PAD]"))
+        for vocabulary in (words[:99], [*words[:2], *words[:1:-1]])
+    )
+    tokenizers = []
+    for fast in (main, other):
+        fast.pre_tokenizer = WhitespaceSplit()
+        tokenizers.append(PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", eos_token="[EOS]"))
+    assistant, ids = tiny_model(1, vocab_size=101), random_ids(1, 50).clamp(min=2)
+    assistant.generation_config.prefill_chunk_size = 16
+    sequences = model.generate(
+        ids,
+        assistant_model=assistant,
+        tokenizer=tokenizers[0],
+        assistant_tokenizer=tokenizers[1],
+        **GREEDY | {"do_sample": do_sample},
+    )
+    assert sequences.shape == (1, 50 + NEW_TOKENS)
+    if not do_sample:
+        assert torch.equal(sequences, model.generate(ids, **GREEDY))
+
+
+def test_assisted_generation_needs_all_tokens(model):
+    ids = random_ids(1, 30)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    mask = torch.ones(1, 39, dtype=torch.long)
+    with pytest.raises(ValueError, match="all tokens of the prompt as `input_ids`.*got 9 tokens.*39"):
+        model.generate(
+            random_ids(1, 9), attention_mask=mask, past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_mtp": True}, {"assistant_early_exit": 1}, {"speculation_type": "dflash", "prompt_lookup_num_tokens": 2}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_drafts_that_hsa_models_cannot_make_are_refused(model, settings):
+    with pytest.raises(ValueError, match=f"`{next(iter(settings))}` does not work with HSA models"):
+        model.generate(random_ids(1, 20), **settings, **GREEDY)
+
+
+def test_drafts_from_embeddings_are_refused(model):
+    """They would be compared with the wrong logits."""
+    embeds = model.get_input_embeddings()(random_ids(1, 20)).detach()
+    with pytest.raises(ValueError, match="inputs_embeds.*token ids"):
+        model.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=3, **GREEDY)
+
+
+def test_hidden_states_of_assisted_generation_need_an_empty_cache(model):
+    ids = random_ids(1, 30)
+    settings = {"prompt_lookup_num_tokens": 3, "output_hidden_states": True, "return_dict_in_generate": True} | GREEDY
+    outputs = model.generate(ids, prefill_chunk_size=8, **settings)
+    expected = model(outputs.sequences, output_hidden_states=True, use_cache=False).hidden_states
+    for layer, whole in enumerate(expected):
+        steps = torch.cat([step[layer] for step in outputs.hidden_states], dim=1)
+        assert relative_error(steps, whole[:, : steps.shape[1]]) <= OTHER_ORDER
+    with torch.no_grad():
+        cache = model(ids[:, :20]).past_key_values
+    with pytest.raises(ValueError, match="output_hidden_states.*past_key_values"):
+        model.generate(ids, past_key_values=cache, **settings)
 
 
 # -- kinds of cache ---------------------------------------------------------------------------------------------------
@@ -410,15 +596,121 @@ def test_other_kinds_of_cache_give_the_same(name, kind, num_beams):
     assert torch.equal(sequences, model.generate(ids, **settings))
 
 
-@pytest.mark.parametrize("kind", ["offloaded_static", "quantized"])
+@pytest.mark.parametrize("kind", ["offloaded_static", "quantized", "sliding_window", "hybrid_chunked"])
 def test_kinds_of_cache_that_do_not_exist_here_are_refused(model, kind):
     with pytest.raises(ValueError, match=f"cache_implementation='{kind}'.*HSACache.*offloaded"):
         model.generate(random_ids(1, 5), cache_implementation=kind, **GREEDY)
 
 
-def test_a_cache_of_another_kind_is_refused(model):
+@pytest.mark.parametrize("way", [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 2}], ids=str)
+def test_a_cache_of_another_kind_is_refused(model, way):
     with pytest.raises(TypeError, match="past_key_values.*HSACache.*DynamicCache"):
-        model.generate(random_ids(1, 5), past_key_values=DynamicCache(), **GREEDY)
+        model.generate(random_ids(1, 5), past_key_values=DynamicCache(), **way, **GREEDY)
+
+
+@pytest.mark.parametrize("way", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str)
+def test_a_configuration_of_the_cache_is_obeyed(model, way):
+    ids = random_ids(1, 50)
+    outputs = model.generate(ids, cache_config={"offloading": True}, return_dict_in_generate=True, **way, **GREEDY)
+    assert outputs.past_key_values.memory.offloading
+    assert torch.equal(outputs.sequences, model.generate(ids, **way, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache_config": {"nbits": 4}}, r"cache_config.*\['nbits'\].*offloading"),
+        ({"cache_config": {"offloading": True}, "cache_implementation": "static"}, "cache_config.*'static'"),
+        ({"cache_config": {"offloading": True}, "cache_implementation": "offloaded"}, "cache_config.*'offloaded'"),
+        ({"cache_config": {"offloading": True}, "past_key_values": True}, "cache_config.*past_key_values"),
+        ({"use_cache": False, "past_key_values": True}, "past_key_values.*use_cache=False"),
+        ({"cache_implementation": "offloaded", "past_key_values": True}, "cache_implementation"),
+        ({"use_cache": False, "prefill_chunk_size": 7}, "prefill_chunk_size.*use_cache=False"),
+        ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "tuple"),
+    ],
+)
+def test_settings_of_the_cache_that_nobody_could_obey_are_refused(model, settings, message):
+    settings = dict(settings)
+    if settings.get("past_key_values") is True:
+        settings["past_key_values"] = HSACache(model.config)
+    with pytest.raises(ValueError, match=message):
+        model.generate(random_ids(1, 20), **settings, **GREEDY)
+
+
+@pytest.mark.parametrize("way", ["cache_implementation", "generate_batch", "context manager", "manager"])
+def test_continuous_batching_is_refused(model, way):
+    """Its errors come from a thread that only logs them, so it must not come so far."""
+    ids = random_ids(1, 20)
+    with pytest.raises(NotImplementedError, match="continuous batching.*HSACache.*padded on the left"):
+        if way == "cache_implementation":
+            model.generate(ids, cache_implementation="paged", **GREEDY)
+        elif way == "generate_batch":
+            model.generate_batch(ids.tolist())
+        elif way == "context manager":
+            with model.continuous_batching_context_manager():
+                pass
+        else:
+            model.init_continuous_batching()
+
+
+def test_paged_generation_by_a_generation_config_is_refused(model):
+    settings = GenerationConfig(cache_implementation="paged", max_new_tokens=3, pad_token_id=0)
+    with pytest.raises(ValueError, match="cache_implementation='paged'"):
+        model.generate(random_ids(1, 20), generation_config=settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dola_layers": "high"},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "force_words_ids": [[5]]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_ways_that_transformers_keeps_elsewhere_are_refused(model, settings):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(random_ids(1, 20), **settings, **GREEDY)
+
+
+# -- models in training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"prefill_chunk_size": 16},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradient_checkpointing_does_not_change_what_is_generated(model, segment_lengths, way, use_reentrant):
+    ids = random_ids(1, 50)
+    segment_lengths.clear()
+    expected, calls = model.generate(ids, **way, **GREEDY), list(segment_lengths)
+    training = copy.deepcopy(model).train()
+    training.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    segment_lengths.clear()
+    training.model._forward_pre_hooks.update(model.model._forward_pre_hooks)
+    assert torch.equal(training.generate(ids, **way, **GREEDY), expected)
+    assert segment_lengths == calls  # and the cache is used
+
+
+def test_checkpointing_leaves_out_the_cache_only_where_gradients_are_wanted(model):
+    training, ids = copy.deepcopy(model).train(), random_ids(2, 50)
+    training.gradient_checkpointing_enable()
+    with torch.no_grad():
+        cache = training(ids[:, :30], use_cache=True).past_key_values
+        logits = training(ids[:, 30:], past_key_values=cache).logits
+    assert cache.get_seq_length() == 50
+    assert relative_error(logits, model(ids, use_cache=False).logits[:, 30:]) <= OTHER_ORDER
+    assert training(ids, use_cache=True).past_key_values is None
 
 
 # -- what the layers computed -----------------------------------------------------------------------------------------

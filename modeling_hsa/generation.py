@@ -1,0 +1,300 @@
+"""
+`HSAGenerationMixin`: what `generate` does otherwise for an HSA model than for Llama.
+
+- The cache is an `HSACache` or an `HSAStaticCache`. What can be asked for of a cache is obeyed or refused.
+- Every prompt is read in segments, and what the cache already holds of it is not read again. This holds for sampling,
+  beam search, assisted generation, prompt lookup and negative prompts.
+- The length of training is no limit.
+- Continuous batching is refused: it brings a cache of its own, of keys and values.
+
+Most of the methods that Transformers lets a model change here are private. `tests/model/test_private_api.py` lists
+them with their signatures in the supported versions.
+"""
+
+import copy
+import functools
+import inspect
+
+import torch
+from transformers.generation import GenerationMixin, MaxLengthCriteria, UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from .cache.hsa_cache import HSACache
+from .cache.static_cache import HSAStaticCache
+from .naming import CACHE
+
+
+# Tokens that `generate` reads at a time. Memory beyond the cache is that of one segment, whatever the length of the
+# prompt.
+PREFILL_CHUNK_SIZE = 4096
+
+
+class HSAGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for HSA models. The model has its decoder without a head as `self.model`."""
+
+    # -- the cache --------------------------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            self._check_given_cache(cache, generation_config, batch_size, max_cache_length)
+        if cache is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        kind = generation_config.cache_implementation
+        # An assistant is called with the settings of the model that it assists, whose cache may be of another kind.
+        settings = {} if generation_config.is_assistant else dict(generation_config.cache_config or {})
+        if kind not in (None, "dynamic", "offloaded", "static"):
+            raise ValueError(
+                f"`cache_implementation={kind!r}` does not exist for HSA models, whose cache is an HSACache. Leave it "
+                "out, use 'offloaded' to keep the chunk memory on the CPU, or 'static' to compile decoding."
+            )
+        if settings and kind in ("offloaded", "static"):
+            raise ValueError(
+                f"`cache_config` does not go with `cache_implementation={kind!r}`, which already says what the cache "
+                "is. Give one of them."
+            )
+        known = inspect.signature(HSACache).parameters.keys() - {"config"}
+        if settings.keys() - known:
+            raise ValueError(
+                f"`cache_config` has unknown fields {sorted(settings.keys() - known)}. It takes the arguments of "
+                f"HSACache: {sorted(known)}."
+            )
+        if kind == "static":
+            # As in Transformers: never shorter than before, so that what was compiled fits again.
+            lengths = (max_cache_length, generation_config.max_cache_len, getattr(self, "_max_cache_length", None))
+            self._max_cache_length = max(length or 1 for length in lengths)
+            model_kwargs[CACHE] = HSAStaticCache(self.config, self._max_cache_length)
+        else:
+            model_kwargs[CACHE] = HSACache(self.config, **({"offloading": True} if kind == "offloaded" else settings))
+
+    def _check_given_cache(self, cache, generation_config, batch_size: int, max_cache_length: int) -> None:
+        """Refuses a cache that `generate` could not use, before anything is written into it."""
+        if generation_config.use_cache is False:
+            raise ValueError("`past_key_values` does not go with `use_cache=False`. Leave out one of them.")
+        if generation_config.cache_config and not generation_config.is_assistant:
+            raise ValueError(
+                "`cache_config` says how to make a cache and does not go with `past_key_values`, which is one. Leave "
+                "out one of them."
+            )
+        if isinstance(cache, tuple):
+            return  # Transformers refuses it, in the words of the version.
+        if not hasattr(cache, "reserve"):
+            raise TypeError(
+                f"`past_key_values` must be an HSACache, got {type(cache).__name__}. Leave it out, or make one with "
+                "`HSACache(model.config)`."
+            )
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        given = cache.batch_size
+        if given not in (-1, rows):
+            fix = (
+                f"Call `past_key_values.batch_repeat_interleave({rows // given})` first."
+                if rows % given == 0
+                else "Give a prompt of as many rows."
+            )
+            raise ValueError(f"`past_key_values` holds {given} rows but {rows} are generated. {fix}")
+        if isinstance(cache, HSAStaticCache) and max_cache_length > cache.max_length:
+            raise ValueError(
+                f"`past_key_values` has the `max_length` {cache.max_length}, but the prompt and the new tokens "
+                f"need {max_cache_length}. Make it with a larger `max_length`, or generate fewer tokens."
+            )
+
+    def create_masks_for_generate(self, attention_mask, is_first_iteration=False, **kwargs):
+        """Of a static cache: after the prompt every token is real, and its steps have no mask, which would grow."""
+        return attention_mask if is_first_iteration else None
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Every way to continuous batching begins here, outside the thread in which errors are only logged."""
+        raise NotImplementedError(
+            "HSA models do not support continuous batching (`cache_implementation='paged'`, `generate_batch`): its "
+            "paged cache holds keys and values only, but retrieval needs an HSACache. Use `generate` with a batch "
+            "padded on the left."
+        )
+
+    # -- the length -------------------------------------------------------------------------------------------------
+
+    # `config.max_position_embeddings` is the length of training and no limit, as Transformers takes it to be: it cuts
+    # its default length to it and warns beyond it. It reads the attribute from the same configuration from which
+    # evaluation harnesses want it as a number, so that no other name for the length of training would spare the next
+    # two methods.
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = generation_config.max_length
+        return super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
+
+    # -- reading prompts --------------------------------------------------------------------------------------------
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """
+        Reads the start of the prompt in segments and without logits, and leaves the rest to Transformers. (Its own
+        segments know neither `inputs_embeds` nor, before 5.20, a cache that already holds tokens.)
+        """
+        input_ids = self._read_prompt(input_ids, generation_config, model_kwargs, is_first_iteration)
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    @functools.wraps(GenerationMixin._assisted_decoding)  # `generate` looks at the names of its arguments
+    def _assisted_decoding(self, input_ids, *, generation_config, **kwargs):
+        for field in ("assistant_early_exit", "use_mtp", "speculation_type"):
+            if getattr(generation_config, field, None):
+                raise ValueError(f"`{field}` does not work with HSA models. Use `assistant_model` or prompt lookup.")
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "`inputs_embeds` does not go with assisted generation or prompt lookup, which draft from token ids. "
+                "Pass the prompt as `input_ids`."
+            )
+        cache = kwargs.get(CACHE)
+        observed = generation_config.output_hidden_states or generation_config.output_attentions
+        if observed and cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "`output_hidden_states` and `output_attentions` of assisted generation are those of the whole prompt, "
+                "but `past_key_values` already holds a part of it. Leave out one of them."
+            )
+        if cache is not None:
+            if kwargs.get("attention_mask") is None:
+                # By its length `prepare_inputs_for_generation` tells the whole prompt from the tokens to be read.
+                columns = getattr(generation_config, "_mask_length", input_ids.shape[1])
+                kwargs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], columns)
+            if kwargs["attention_mask"].shape[1] != input_ids.shape[1]:
+                raise ValueError(
+                    f"Assisted generation and prompt lookup need all tokens of the prompt as `input_ids`, those in "
+                    f"the cache too: got {input_ids.shape[1]} tokens and an `attention_mask` of "
+                    f"{kwargs['attention_mask'].shape[1]}."
+                )
+            self._read_prompt(input_ids, generation_config, kwargs, most_left=1)  # the first draft comes on top
+        if not isinstance(kwargs.get("assistant_model"), HSAGenerationMixin):
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None  # the assistant has its own way of reading
+        return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks at the names of its arguments
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, is_first_iteration=False, **kwargs):
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if is_first_iteration and next_sequence_length is None and cache is not None and mask is not None:
+            # Assisted generation starts with the whole prompt, whatever the cache holds of it.
+            if mask.shape[1] == input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        segment = self._segment_length(generation_config)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and segment is not None:
+                self._read_negative_prompt(processor.unconditional_context, segment)
+        return processors
+
+    def _read_negative_prompt(self, context: dict, segment: int) -> None:
+        """Reads the start of the negative prompt of classifier-free guidance, which goes on from its context."""
+        prompt, mask = context["input_ids"], context["attention_mask"]
+        if prompt is None or not context["use_cache"] or prompt.shape[1] <= segment:
+            return
+        context[CACHE] = HSACache(self.config)
+        read = prompt.shape[1] - 1
+        self._read_segments({"input_ids": prompt[:, :read]}, segment, context[CACHE], mask)
+        context["input_ids"] = prompt[:, read:]
+        context["attention_mask"] = torch.ones_like(prompt) if mask is None else mask
+
+    def _read_prompt(
+        self, input_ids, generation_config, model_kwargs, is_first_iteration=True, most_left: int | None = None
+    ) -> torch.Tensor:
+        """
+        Reads a prompt of more than `prefill_chunk_size` tokens into the cache, after what the cache holds already, but
+        for its last tokens, at most `most_left` (default: `prefill_chunk_size`). Returns the token ids that are left
+        to read; of `inputs_embeds`, the token ids unchanged.
+
+        Raises: ValueError if the prompt does not continue the cache, or for a `prefill_chunk_size` nobody can obey.
+        """
+        segment, cache = self._segment_length(generation_config), model_kwargs.get(CACHE)
+        if cache is None:
+            if segment not in (None, self.generation_config.prefill_chunk_size):
+                raise ValueError("`prefill_chunk_size` needs a cache. Leave it out, or leave out `use_cache=False`.")
+            return input_ids
+        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        # Transformers leaves out a mask of ones, from 5.18 on, and notes its length.
+        mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
+        prompt, past = input_ids if embeds is None else embeds, cache.get_seq_length()
+        if embeds is not None or prompt.shape[1] == total:  # the cached tokens too, not only the new ones
+            if past >= prompt.shape[1]:
+                raise ValueError(
+                    f"`past_key_values` holds {past} tokens, but the prompt has {prompt.shape[1]}: none is left to "
+                    "read. Pass the whole prompt, the cached tokens included, or new tokens with an `attention_mask` "
+                    "for all; `past_key_values.crop(-1)` forgets the last token, to be read again."
+                )
+            prompt = prompt[:, past:]
+        elif total != past + prompt.shape[1] and total >= 0:
+            raise ValueError(
+                f"`attention_mask` has {total} columns, but `past_key_values` holds {past} tokens and `input_ids` has "
+                f"{prompt.shape[1]}. Pass a mask for cached and new tokens together."
+            )
+        length, read = prompt.shape[1], 0
+        # Who asks for what the layers computed gets it for the whole prompt, so in one piece. An assistant whose
+        # vocabulary Transformers has cut to that of another model sees more than one token in its first call only.
+        in_one_piece = (
+            generation_config.output_hidden_states
+            or generation_config.output_attentions
+            or hasattr(self.get_input_embeddings(), "assistant_overlap_token_ids")
+        )
+        if segment is not None and length > segment and not in_one_piece:
+            name = "input_ids" if embeds is None else "inputs_embeds"
+            positions = None if position_ids is None else position_ids[..., -length:]
+            step = most_left or segment
+            read = (length - 1) // step * step
+            records = generation_config.is_assistant
+            self._read_segments({name: prompt[:, :read]}, segment, cache, mask, positions, records)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return input_ids if embeds is not None else prompt[:, read:]
+
+    def _read_segments(
+        self, prompt: dict[str, torch.Tensor], segment: int, cache, mask=None, positions=None, records: bool = False
+    ) -> None:
+        """
+        Reads a prompt into the cache, `segment` tokens at a time.
+
+        Args:
+            prompt: `input_ids` [B, L] or `inputs_embeds` [B, L, hidden_size].
+            mask: [B, at least cached + L] or None.
+            positions: [1 | B, at least L] or None.
+            records: whether the cache has to be able to forget the last segment again. Recording all of the prompt
+                would keep the keys and values of all its tokens.
+        """
+        ((name, tokens),) = prompt.items()
+        length, past = tokens.shape[1], cache.get_seq_length()
+        cache.reserve(past + length + segment)
+        for start in range(0, length, segment):
+            end = min(start + segment, length)
+            if records and end == length:
+                cache.activate_past_recording()
+            self.model(
+                **{name: tokens[:, start:end]},
+                attention_mask=None if mask is None else mask[:, : past + end],
+                position_ids=None if positions is None else positions[..., start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    @staticmethod
+    def _segment_length(generation_config) -> int | None:
+        segment = generation_config.prefill_chunk_size
+        if segment is not None and (type(segment) is not int or segment < 1):
+            raise ValueError(
+                f"`prefill_chunk_size` must be an integer of at least 1, or None for one piece, got {segment!r}."
+            )
+        return segment
