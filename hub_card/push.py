@@ -27,9 +27,7 @@ FOLDER = Path(__file__).resolve().parent
 REPOSITORY = FOLDER.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
 
-from evaluation import short  # noqa: E402
-from plot_retrieval import read_rows  # noqa: E402
-
+from hsa_lab.results import read_rows, short  # noqa: E402
 from modeling_hsa.hub import save_code  # noqa: E402
 
 
@@ -139,8 +137,8 @@ def update(folder: Path) -> None:
 def plot(folder: Path) -> None:
     results = folder / "results"
     files = map(str, sorted(results.glob("paper_*.json")))
-    script = REPOSITORY / "examples" / "plot_retrieval.py"
-    subprocess.run([sys.executable, script, "--results", NAME, *files, "--output", results], check=True)
+    script = REPOSITORY / "examples" / "plot.py"
+    subprocess.run([sys.executable, script, "retrieval", "--results", NAME, *files, "--output", results], check=True)
 
 
 def stale(folder: Path) -> list[str]:
