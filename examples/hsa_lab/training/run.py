@@ -129,7 +129,7 @@ class Run:
         if checkpoint and not arguments.resume:
             raise ValueError(f"`--output`: {self.folder} holds a run. Go on with `--resume`, or take another folder.")
         if checkpoint:
-            self._check_same_run(config, checkpoint)
+            config = self._resume(config, checkpoint)
         self._make(config)
         self.checkpoint = 0
         if checkpoint:
@@ -152,14 +152,14 @@ class Run:
         weight = self.recipe["optimizer"]["answer_weight"]
         self.step = Step(self.accelerator, trained, self.optimizers, weight, getattr(config, "chunk_size", None))
 
-    def _check_same_run(self, config: PreTrainedConfig, checkpoint: Path) -> None:
+    def _resume(self, config: PreTrainedConfig, checkpoint: Path) -> PreTrainedConfig:
         """
-        Takes over the state of a run. Raises: ValueError where what decides its course, the model of the recipe, the
-        seed or the number of micro-batches, is not that in `--output`.
+        Takes over the state of the run in `--output`, whose configuration it returns. Raises: ValueError where what
+        decides its course, the model of the recipe, the seed or the number of micro-batches, is another here.
         """
-        there = json.loads((checkpoint / "state.json").read_text())
+        there, saved = json.loads((checkpoint / "state.json").read_text()), AutoConfig.from_pretrained(self.folder)
         fixed = ("seed", "micro_batches")
-        before = {name: there[name] for name in fixed} | AutoConfig.from_pretrained(self.folder).to_dict()
+        before = {name: there[name] for name in fixed} | saved.to_dict()
         here = {name: self.state[name] for name in fixed} | config.to_dict()
         for name in ("model_type", *sorted(here.keys() & before.keys() - NOT_OF_THE_RECIPE)):
             if here[name] != before[name]:
@@ -168,6 +168,7 @@ class Run:
                     f"{before[name]}. Resume as it began, or take another --output."
                 )
         self.state |= there
+        return saved
 
     def _interrupt(self, *_) -> None:
         """The first interrupt ends the run after its batch, the second at once."""
