@@ -1,19 +1,13 @@
 """
 A seeded generator of readable English-like text: the chronicle of a made-up town, with facts hidden in it.
 
-    python examples/synthetic_text.py --characters 200000 --seed 1 --facts 8 --output chronicle.txt
-
 People, trades, weather and small events fill the text. Here and there stands a fact that nothing else in the text
 gives away, like "The password of Ada the glassblower is 48213.", with a question and its answer. The same arguments
 give the same text, on every machine.
 """
 
-import argparse
-import json
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 
@@ -189,34 +183,3 @@ def _tell(rng: random.Random) -> Iterator[tuple[str, str]]:
                 town=town,
             )
             yield " ", sentence[0].upper() + sentence[1:]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--characters", type=int, default=20_000, help="length of the text (default 20000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--facts", type=int, default=4, help="facts hidden in the text (default 4)")
-    parser.add_argument("--questions", action="store_true", help="ask and answer all facts at the end")
-    parser.add_argument("--output", type=Path, help="file to write the text to (default: print it)")
-    parser.add_argument("--facts_output", type=Path, help="JSON file for facts, questions, answers and offsets")
-    args = parser.parse_args()
-    try:
-        document = make_document(args.seed, args.characters, args.facts, args.questions)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.facts_output:
-        args.facts_output.parent.mkdir(parents=True, exist_ok=True)
-        facts = [fact._asdict() for fact in document.facts]
-        args.facts_output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    if args.output is None:
-        sys.stdout.write(document.text)
-        return
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(document.text, encoding="utf-8")
-    print(f"{args.output}: {len(document.text):,} characters, {len(document.facts)} facts")
-    for fact in document.facts:
-        print(f"  at {fact.start:,}: {fact.sentence}")
-
-
-if __name__ == "__main__":
-    main()

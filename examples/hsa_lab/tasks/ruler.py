@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from retrieval_tasks import excerpt
+
+from ..tokens import encode, excerpt, first_ids
 
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -125,8 +126,7 @@ class RulerTasks:
 
     def __init__(self, tokenizer, words: dict[str, list[str]] | None = None, haystack: np.ndarray | None = None):
         self.tokenizer, self.words, self.haystack = tokenizer, words, haystack
-        ids = tokenizer("a")["input_ids"]
-        self.start = [ids[0]] if ids and ids[0] == tokenizer.bos_token_id else []
+        self.start = first_ids(tokenizer)
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self.ends_sentence = np.array([text.rstrip().endswith((".", "!", "?")) for text in texts])
         if words is not None:
@@ -136,11 +136,10 @@ class RulerTasks:
         self._sizes = {}  # of the lists of common words, by length: they take a search
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        return np.array(encode(self.tokenizer, text), dtype=np.int64)
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return [np.array(row, dtype=np.int64) for row in rows]
+        return [np.array(row, dtype=np.int64) for row in encode(self.tokenizer, texts)] if texts else []
 
     def make(self, task: str, rng: np.random.Generator, length: int, depth: float | None = None) -> Prompt:
         """

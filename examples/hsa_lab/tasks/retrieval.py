@@ -33,10 +33,11 @@ import string
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
-from synthetic_text import KINDS_OF_SECRET, NAMES, TRADES
+
+from ..tokens import encode, excerpt
+from .chronicles import KINDS_OF_SECRET, NAMES, TRADES
 
 
 NAME_LETTERS = 5
@@ -121,35 +122,10 @@ class Sample:
         return float(self.needles[self.asked >= 0][0, 0]) / len(self.tokens)
 
 
-def excerpt(corpus: np.ndarray, length: int, rng: np.random.Generator, dtype=None, parts: int = 1) -> np.ndarray:
-    """
-    `length` tokens of `corpus` [N] from a random offset on, going on at its start after its end. With `parts`, so many
-    excerpts one after another, of random lengths that are at least `length // (4 * parts)`.
-
-    Raises: ValueError for an empty corpus, or where `parts` is not from 1 to `length`.
-    """
-    if len(corpus) == 0:
-        raise ValueError("The haystack holds no tokens.")
-    dtype = corpus.dtype if dtype is None else dtype
-    if not isinstance(parts, int) or not 1 <= parts <= max(length, 1):
-        raise ValueError(f"`parts` must be an integer from 1 to the {length} tokens of the haystack, got {parts!r}.")
-    if parts > 1:
-        least = max(1, length // (4 * parts))
-        rest = length - parts * least
-        cuts = np.sort(rng.integers(rest + 1, size=parts - 1))
-        sizes = least + np.diff(cuts, prepend=0, append=rest)
-        return np.concatenate([excerpt(corpus, size, rng, dtype) for size in sizes.tolist()])
-    start = int(rng.integers(len(corpus)))
-    first = corpus[start : start + length]
-    if len(first) == length:
-        return np.array(first, dtype=dtype)
-    return np.resize(np.concatenate([corpus[start:], corpus[:start]]), length).astype(dtype)
-
-
 class _Strings:
     """Random strings of a fixed number of characters, with a space before them, as token ids."""
 
-    def __init__(self, encode, alphabet: str, characters: int, first: str, pool: int, seed: int):
+    def __init__(self, tokenizer, alphabet: str, characters: int, first: str, pool: int, seed: int):
         rng = np.random.default_rng([seed, characters, len(alphabet)])
         rows = np.stack([rng.integers(len(alphabet), size=pool) for _ in range(characters)], axis=1)
         rows[:, 0] = rng.integers(alphabet.index(first), len(alphabet), size=pool)
@@ -157,14 +133,14 @@ class _Strings:
         rows = rows[rng.permutation(len(rows))]
         self.low, self.size, self.characters = alphabet.index(first), len(alphabet), characters
         # Where every character is a token of its own, whatever its neighbours, strings need no list.
-        space, single = encode(" "), [encode(f" {c}") for c in alphabet]
+        space, *single = encode(tokenizer, [" ", *(f" {c}" for c in alphabet)])
         self.space = np.array(space)
         self.lookup = np.array([ids[-1] for ids in single])
-        probe = encode(" " + alphabet)
+        probe = encode(tokenizer, " " + alphabet)
         self.pool = None
         if probe != [*space, *self.lookup.tolist()] or len(set(self.lookup.tolist())) < len(alphabet):
             words = np.array(list(alphabet))[rows]
-            self.pool = [np.array(ids) for ids in encode([" " + "".join(word) for word in words])]
+            self.pool = [np.array(ids) for ids in encode(tokenizer, [" " + "".join(word) for word in words])]
 
     def draw(self, rng: np.random.Generator, count: int) -> list[np.ndarray]:
         """`count` different ones."""
@@ -177,10 +153,6 @@ class _Strings:
             rows[:, 0] = rng.integers(self.low, self.size, size=count)
             if count == 1 or len({row.tobytes() for row in rows}) == count:
                 return [np.concatenate([self.space, row]) for row in self.lookup[rows]]
-
-
-def _encode(tokenizer, text: str | list[str]):
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _words(vocabulary: list[str], rng: np.random.Generator, count: int) -> tuple[list[str], list[str]]:
@@ -202,28 +174,26 @@ def _words(vocabulary: list[str], rng: np.random.Generator, count: int) -> tuple
 class _Facts:
     """
     Facts in plain English and their values, as token ids. There are about `pool` facts of kind "fact" and a quarter as
-    many of each other, no two of a kind about the same thing. Their words are from the lists of `synthetic_text`, from
+    many of each other, no two of a kind about the same thing. Their words are from the lists of `chronicles.py`, from
     the vocabulary, or made up of its tokens. Values are drawn anew each time.
     """
 
     def __init__(self, tokenizer, pool: int, seed: int):
-        def encode(texts: list[str]) -> list[np.ndarray]:
-            return [np.array(ids, np.int64) for ids in _encode(tokenizer, texts)]
+        def encode_all(texts: list[str]) -> list[np.ndarray]:
+            return [np.array(ids, np.int64) for ids in encode(tokenizer, texts)]
 
         rng = np.random.default_rng([seed, pool, 1])
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         sources = _words(vocabulary, rng, pool)
         sizes = {kind: pool if kind == "fact" else pool // 4 for kind in FACT_KINDS}
         self.facts = {
-            kind: list(zip(*map(encode, self._make(rng, sources, name, sizes[kind]))))
+            kind: list(zip(*map(encode_all, self._make(rng, sources, name, sizes[kind]))))
             for kind, name in FACT_KINDS.items()
         }
         uuids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(sizes["uuid"])]
         texts = {"word": [word for words in sources for word in words if word.islower()] or TRADES, "uuid": uuids}
-        self.values = {kind: encode([f" {text}" for text in texts[kind]]) for kind in texts}
-        self.numbers = [
-            _Strings(lambda text: _encode(tokenizer, text), string.digits, n, "1", pool, seed) for n in FACT_DIGITS
-        ]
+        self.values = {kind: encode_all([f" {text}" for text in texts[kind]]) for kind in texts}
+        self.numbers = [_Strings(tokenizer, string.digits, n, "1", pool, seed) for n in FACT_DIGITS]
 
     @staticmethod
     def _make(rng: np.random.Generator, sources, name: str, pool: int) -> list[list[str]]:
@@ -278,10 +248,8 @@ class RetrievalTasks:
     """
 
     def __init__(self, tokenizer, value_ids: tuple[int, int] | None = None, pool: int = 20_000, pool_seed: int = 0):
-        def encode(text):
-            return _encode(tokenizer, text)
-
         self.tokenizer, self.pool, self.pool_seed = tokenizer, pool, pool_seed
+        self._facts: _Facts | None = None
         low, high = value_ids or (0, len(tokenizer))
         if not 0 <= low < high <= len(tokenizer):
             raise ValueError(f"`value_ids` must be a range in [0, {len(tokenizer)}], got {value_ids}.")
@@ -289,9 +257,9 @@ class RetrievalTasks:
         if len(self.value_ids) < 2:
             raise ValueError(f"`value_ids` {value_ids} leaves fewer than two ids that are not special.")
         self.dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-        self.names = _Strings(encode, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
-        self.numbers = _Strings(encode, string.digits, MQ_DIGITS, "1", pool, pool_seed)
-        self.vt_numbers = _Strings(encode, string.digits, VT_DIGITS, "1", pool, pool_seed)
+        self.names = _Strings(tokenizer, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
+        self.numbers = _Strings(tokenizer, string.digits, MQ_DIGITS, "1", pool, pool_seed)
+        self.vt_numbers = _Strings(tokenizer, string.digits, VT_DIGITS, "1", pool, pool_seed)
         pieces = {
             "bar": " |",
             "key": " | One of the special magic values for long contexts is:",
@@ -313,12 +281,13 @@ class RetrievalTasks:
             "comma": ",",
             "period": ".",
         }
-        self.pieces = {name: np.array(encode(text), dtype=np.int64) for name, text in pieces.items()}
+        self.pieces = {name: np.array(encode(tokenizer, text), dtype=np.int64) for name, text in pieces.items()}
 
-    @cached_property
-    def facts(self) -> _Facts:
-        """Those of `dense`. They take a second or more to make: ask for them before starting workers."""
-        return _Facts(self.tokenizer, self.pool // 4, self.pool_seed)
+    def make_facts(self) -> _Facts:
+        """Those of `dense`, made once, which takes a second or more: ask for them before starting workers."""
+        if self._facts is None:
+            self._facts = _Facts(self.tokenizer, self.pool // 4, self.pool_seed)
+        return self._facts
 
     # -- the tasks of the papers; the haystack of each is made of `parts` excerpts --
 
@@ -488,7 +457,9 @@ class RetrievalTasks:
         numbers = iter(self.numbers.draw(rng, count))
         vt_numbers = iter(self.vt_numbers.draw(rng, count))
         ids = iter(self.value_ids[rng.integers(len(self.value_ids), size=(count, VALUE_IDS))])
-        facts = {kind: iter(self.facts.draw(rng, kind, chosen.count(kind))) for kind in FACT_KINDS if kind in chosen}
+        facts = {
+            kind: iter(self.make_facts().draw(rng, kind, chosen.count(kind))) for kind in FACT_KINDS if kind in chosen
+        }
         items = []
         for kind in chosen:
             if kind in FACT_KINDS:

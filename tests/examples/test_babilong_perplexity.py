@@ -1,35 +1,31 @@
-"""examples/eval_ppl.py and examples/eval_babilong.py measure what they say, and run on HSA models and on others."""
+"""`evaluate.py ppl` and `evaluate.py babilong` measure what they say, and run on HSA models and on others."""
 
 import gzip
-import importlib
 import json
 import math
 import random
-import sys
 from argparse import Namespace
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.prepare_corpus import train_tokenizer
-from examples.synthetic_text import make_documents
-from tests.commands import REPOSITORY, run_example
+from hsa_lab.corpus import train_tokenizer
+from hsa_lab.evaluation.perplexity import Perplexity, Places
+from hsa_lab.reading import Reader, RetrievalRecorder
+from hsa_lab.results import interval, ratio, student
+from hsa_lab.tasks import babilong
+from hsa_lab.tasks.chronicles import make_documents
+from hsa_lab.tokens import document_bounds, ring_window
+from tests.commands import run_example
 from tests.models import tiny_model
 
 
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The two scripts as modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "examples")
-        yield Namespace(**{name: importlib.import_module(name) for name in ("eval_ppl", "eval_babilong")})
 
 
 def babi_file(stories: int) -> str:
@@ -77,21 +73,26 @@ def data(tmp_path_factory) -> Namespace:
     return Namespace(folder=folder, texts=texts, babi=babi, tokenizer=tokenizer, models=models)
 
 
-def run(module, monkeypatch, **arguments) -> None:
-    """Runs a script's `main` with flags, as the command would."""
-    words = [module.__name__]
+def run(command: str, **arguments) -> None:
+    """Runs `evaluate.py` with flags, as the command would."""
+    words = [command]
     for name, value in arguments.items():
         words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    monkeypatch.setattr(sys, "argv", words)
-    module.main()
+    evaluate.main(words)
 
 
-# -- eval_ppl.py --
+# -- ppl --
 
 
-def ppl_arguments(data, tmp_path: Path, **changes) -> Namespace:
-    values = {"lengths": [3, 40, 200, 400], "samples": 3, "seeds": [0], "batch_size": 2, "segment": 64, "last": 100}
-    return Namespace(**{**values, "offload": False, "output": tmp_path, "model": "tiny", **changes})
+def ppl(data, tmp_path: Path, monkeypatch, stream, kind: str = "hsa", **changes) -> Perplexity:
+    """The evaluation of a model of `data`, which is not run."""
+    made = []
+    np.save(tmp_path / "stream.npy", stream)
+    monkeypatch.setattr(evaluate, "load", lambda arguments: (data.models[kind], data.tokenizer))
+    monkeypatch.setattr(Perplexity, "run", lambda self: made.append(self))
+    values = {"lengths": [3, 40, 200, 400], "samples": 3, "batch_size": 2, "segment": 64, "last": 100, "model": "tiny"}
+    run("ppl", **values | changes, haystack=tmp_path / "stream.npy", output=tmp_path)
+    return made[0]
 
 
 @pytest.fixture
@@ -109,18 +110,17 @@ def direct_losses(model, tokens: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["hsa", "llama"])
 @pytest.mark.parametrize("segment", [0, 7, 64])
-def test_losses_are_those_of_one_pass(scripts, data, stream, tmp_path, kind, segment):
+def test_losses_are_those_of_one_pass(data, stream, tmp_path, monkeypatch, kind, segment):
     model = data.models[kind]
-    arguments = ppl_arguments(data, tmp_path, segment=segment)
-    evaluation = scripts.eval_ppl.Evaluation(arguments, model, data.tokenizer, stream)
-    for length in arguments.lengths:
-        evaluation.last(length)
-    evaluation.positions()
+    evaluation = ppl(data, tmp_path, monkeypatch, stream, kind, segment=segment)
+    for length in (3, 40, 200, 400):
+        evaluation.evaluate("last", length)
+    evaluation.evaluate("positions", 400)
     *rows, positions = json.loads((tmp_path / "ppl.json").read_text(encoding="utf-8"))["rows"]
     ends = rows[0]["records"]["end"]
     for row in rows:
         assert row["records"]["end"] == ends  # the same tokens at every length
-        windows = [scripts.eval_ppl.ring_window(stream, end - row["length"], row["length"]) for end in ends]
+        windows = [ring_window(stream, end - row["length"], row["length"]) for end in ends]
         count = min(100, row["length"] - 1)
         scored = [direct_losses(model, window)[-count:] for window in windows]
         loss = float(np.mean(scored))
@@ -140,62 +140,61 @@ def test_losses_are_those_of_one_pass(scripts, data, stream, tmp_path, kind, seg
     assert [bucket["mean"] for bucket in positions["losses"]] == pytest.approx(expected, rel=1e-5)
 
 
-def test_foreign_text_replaces_all_but_the_end(scripts, data, stream, tmp_path):
+def test_foreign_text_replaces_all_but_the_end(data, stream, tmp_path, monkeypatch):
     model, half = data.models["hsa"], len(stream) // 2
-    arguments = ppl_arguments(data, tmp_path, lengths=[40, 200])
-    evaluation = scripts.eval_ppl.Evaluation(arguments, model, data.tokenizer, stream)
+    evaluation = ppl(data, tmp_path, monkeypatch, stream, lengths=[40, 200])
     for task in ("last", "foreign"):
         for length in (40, 200):
-            evaluation.last(length, task)
+            evaluation.evaluate(task, length)
     short, own, same, foreign = json.loads((tmp_path / "ppl.json").read_text(encoding="utf-8"))["rows"]
     assert [row["task"] for row in (short, own, same, foreign)] == ["last", "last", "foreign", "foreign"]
     assert same["loss"] == short["loss"] and foreign["records"]["end"] == own["records"]["end"]
     for end, loss in zip(foreign["records"]["end"], foreign["records"]["loss"]):
         places = ((end - 200 + half, 160), (end - 40, 40))
-        parts = [scripts.eval_ppl.ring_window(stream, *place) for place in places]
+        parts = [ring_window(stream, *place) for place in places]
         assert loss == pytest.approx(direct_losses(model, np.concatenate(parts))[-100:].mean(), rel=1e-3)
     assert foreign["loss"]["mean"] != pytest.approx(own["loss"]["mean"], rel=1e-3)
 
 
-def test_windows_lie_in_documents_that_are_long_enough(scripts, stream):
+def test_windows_lie_in_documents_that_are_long_enough(stream):
     """Documents of 10 to 59 tokens; token 0 ends them."""
-    module, rng = scripts.eval_ppl, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     sizes = [10, 50, 59, 20, 40]
     tokens = np.concatenate([[*range(1, size), 0] for size in sizes]).astype(np.uint16)
-    bounds = module.document_bounds(tokens, 0)
+    bounds = document_bounds(tokens, 0)
     assert bounds.tolist() == [0, 10, 60, 119, 139, 179]
-    places = module.Places(bounds, [15, 30, 45, 179])
+    places = Places(bounds, [15, 30, 45, 179])
     assert places.within == 30  # three of five documents have 30 tokens, two have 45
     ends = {places.draw(rng) for _ in range(2000)}
     assert ends == {*range(10 + 30, 61), *range(60 + 30, 120), *range(139 + 30, 180)}
     for end in ends:
-        assert 0 not in module.ring_window(tokens, end - 30, 29)
-        assert sorted(module.ring_window(tokens, end - 179, 179)) == sorted(tokens)
-    everywhere = module.Places(bounds, [170])
+        assert 0 not in ring_window(tokens, end - 30, 29)
+        assert sorted(ring_window(tokens, end - 179, 179)) == sorted(tokens)
+    everywhere = Places(bounds, [170])
     assert everywhere.within == 0
     assert {everywhere.draw(rng) for _ in range(5000)} == set(range(1, 180))
-    assert module.document_bounds(tokens, None).tolist() == [0, 179]
+    assert document_bounds(tokens, None).tolist() == [0, 179]
 
 
-def test_intervals_are_those_of_student(scripts):
+def test_intervals_are_those_of_student():
     known = {2: 12.706, 3: 4.303, 5: 2.776, 11: 2.228, 31: 2.042, 1001: 1.962}
-    assert {n: scripts.eval_ppl.student(n) for n in known} == pytest.approx(known, abs=0.01)
-    assert scripts.eval_ppl.interval([1.0]) == {"mean": 1.0, "low": None, "high": None}
-    low, high = (scripts.eval_ppl.interval([1.0, 2.0, 3.0])[key] for key in ("low", "high"))
-    assert scripts.eval_ppl.ratio([2.0, 4.0, 6.0], [1, 2, 3]) == pytest.approx({"mean": 2, "low": 2, "high": 2})
-    of_means = scripts.eval_ppl.ratio([1.0, 2.0, 3.0], [4, 4, 4])
+    assert {n: student(n) for n in known} == pytest.approx(known, abs=0.01)
+    assert interval([1.0]) == {"mean": 1.0, "low": None, "high": None}
+    low, high = (interval([1.0, 2.0, 3.0])[key] for key in ("low", "high"))
+    assert ratio([2.0, 4.0, 6.0], [1, 2, 3]) == pytest.approx({"mean": 2, "low": 2, "high": 2})
+    of_means = ratio([1.0, 2.0, 3.0], [4, 4, 4])
     assert (of_means["low"], of_means["high"]) == pytest.approx((low / 4, high / 4))
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
 
 
 @pytest.mark.parametrize("kind", ["hsa", "llama"])
-def test_perplexity_as_a_command(scripts, data, stream, tmp_path, monkeypatch, capsys, kind):
+def test_perplexity_as_a_command(data, stream, tmp_path, kind):
     """On texts and on their tokens, with the same results; windows that the text is too short for are refused."""
     np.save(tmp_path / "tokens.npy", stream)
     flags = {"model": data.folder / kind, "lengths": [64, 256], "samples": 2, "last": 32, "segment": 100}
     results = []
     for name, haystack in (("a", data.folder / "texts.jsonl.gz"), ("b", tmp_path / "tokens.npy")):
-        run(scripts.eval_ppl, monkeypatch, haystack=haystack, output=tmp_path / name, device="cpu", **flags)
+        run("ppl", haystack=haystack, output=tmp_path / name, device="cpu", **flags)
         assert (tmp_path / name / "ppl.png").read_bytes().startswith(b"\x89PNG")
         results.append(json.loads((tmp_path / name / "ppl.json").read_text(encoding="utf-8")))
     assert [row["loss"]["mean"] for row in results[0]["rows"][:2]] == [
@@ -203,35 +202,33 @@ def test_perplexity_as_a_command(scripts, data, stream, tmp_path, monkeypatch, c
     ]
     assert {"cpu", "torch", "transformers", "dtype"} <= results[0]["hardware"].keys()
     assert results[0]["text"]["tokens"] == len(stream)
-    with pytest.raises(SystemExit):
-        run(scripts.eval_ppl, monkeypatch, **{**flags, "lengths": [10**6]}, haystack=haystack, output=tmp_path / "c")
-    assert f"`--lengths` 1000000 is more than the {len(stream)} tokens" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"`--lengths` 1000000 is more than the {len(stream)} tokens"):
+        run("ppl", **{**flags, "lengths": [10**6]}, haystack=haystack, output=tmp_path / "c")
     flags |= {"tasks": ["foreign"], "lengths": [64, len(stream) // 2 + 1]}
-    with pytest.raises(SystemExit):
-        run(scripts.eval_ppl, monkeypatch, **flags, haystack=haystack, output=tmp_path / "d")
-    assert "so that `foreign` has no other text" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="so that `foreign` has no other text"):
+        run("ppl", **flags, haystack=haystack, output=tmp_path / "d")
 
 
-# -- eval_babilong.py --
+# -- babilong --
 
 
-def test_babi_files_are_read_question_by_question(scripts, tmp_path):
+def test_babi_files_are_read_question_by_question(tmp_path):
     lines = [
         "1 Mary moved to the bathroom.", "2 John went to the hallway.", "3 Where is Mary? \tbathroom\t1",
         "4 Mary went to the garden.", "5 Where is Mary?\tgarden\t4 1", "1 The office is north of the kitchen.",
         "2 What is north of the kitchen?\toffice\t1",
     ]  # fmt: skip
     (tmp_path / "qa9_x_train.txt").write_text("\n".join(lines), encoding="utf-8")
-    first, second, third = scripts.eval_babilong.read_babi(tmp_path / "qa9_x_train.txt")
+    first, second, third = babilong.read_babi(tmp_path / "qa9_x_train.txt")
     facts = ("Mary moved to the bathroom.", "John went to the hallway.", "Mary went to the garden.")
     assert first == (facts[:2], "Where is Mary?", "bathroom", (0,))
     assert second == (facts, "Where is Mary?", "garden", (2, 0))
     assert third == (("The office is north of the kitchen.",), "What is north of the kitchen?", "office", (0,))
 
 
-def test_no_story_is_in_both_splits(scripts, data):
+def test_no_story_is_in_both_splits(data):
     """Not even if one is taken from the file of 10,000 questions and the other from its beginning."""
-    stories = scripts.eval_babilong.babi_stories
+    stories = babilong.babi_stories
     train, evaluation = (stories(data.babi, "qa1", split) for split in ("train", "evaluation"))
     for small in (data.babi / "en", data.babi):
         for a, b in ((stories(small, "qa1", "train"), evaluation), (train, stories(small, "qa1", "evaluation"))):
@@ -239,7 +236,7 @@ def test_no_story_is_in_both_splits(scripts, data):
             assert not {(s.facts, s.question) for s in a} & {(s.facts, s.question) for s in b}
     assert not {s.facts[:2] for s in train} & {s.facts[:2] for s in evaluation}
     assert 0.1 < len(evaluation) / len([*train, *evaluation]) < 0.35
-    assert {*train, *evaluation} == {*scripts.eval_babilong.read_babi(data.babi / "en-10k/qa1_single_train.txt.gz")}
+    assert {*train, *evaluation} == {*babilong.read_babi(data.babi / "en-10k/qa1_single_train.txt.gz")}
     assert len({*evaluation}) == len(evaluation)
     with pytest.raises(ValueError, match="'train' or 'evaluation', got 'test'"):
         stories(data.babi, "qa1", "test")
@@ -247,8 +244,8 @@ def test_no_story_is_in_both_splits(scripts, data):
         stories(data.babi, "qa2", "train")
 
 
-def test_prompts_have_the_facts_in_order_and_the_exact_length(scripts, data, stream):
-    module, tokenizer = scripts.eval_babilong, data.tokenizer
+def test_prompts_have_the_facts_in_order_and_the_exact_length(data, stream):
+    module, tokenizer = babilong, data.tokenizer
     shots = module.choose_shots(module.babi_stories(data.babi, "qa1", "train"), 2, np.random.default_rng(0))
     assert len({shot.answer for shot in shots}) == 2
     prompts = module.Prompts(module.Background(stream, tokenizer), tokenizer, shots)
@@ -277,11 +274,11 @@ def test_prompts_have_the_facts_in_order_and_the_exact_length(scripts, data, str
         prompts.make(story, least - 1, np.random.default_rng(0))
 
 
-def test_sentences_end_where_a_reader_says(scripts):
+def test_sentences_end_where_a_reader_says():
     tokenizer = train_tokenizer([{"text": '“Yes.” Mr. Smith said no! "Why?" he asked. It cost 3.50.\nSo.'}] * 2, 400)
     text = 'Mr. Smith said “Yes.” It cost 3.50. "Why?" He asked!\nSo be it.'
     ids = np.array(tokenizer(text)["input_ids"])
-    background = scripts.eval_babilong.Background(ids, tokenizer)
+    background = babilong.Background(ids, tokenizer)
     pieces = [tokenizer.decode(piece) for piece in np.split(ids, background.sentence_ends(ids))]
     assert pieces == ["Mr. Smith said “Yes.”", " It cost 3.50.", ' "Why?"', " He asked!", "\nSo be it."]
 
@@ -300,44 +297,44 @@ def test_sentences_end_where_a_reader_says(scripts):
         (" north of the garden", "What is north of the garden?", "kitchen", False),
     ],
 )
-def test_answers_are_checked_as_the_benchmark_does(scripts, output, question, answer, right):
-    story = scripts.eval_babilong.Story((), question, answer, ())
-    assert scripts.eval_babilong.is_correct(output, story, ROOMS) == right
+def test_answers_are_checked_as_the_benchmark_does(output, question, answer, right):
+    story = babilong.Story((), question, answer, ())
+    assert babilong.is_correct(output, story, ROOMS) == right
 
 
 @pytest.mark.parametrize("kind", ["hsa", "llama"])
-def test_babilong_as_a_command(scripts, data, tmp_path, monkeypatch, kind):
+def test_babilong_as_a_command(data, tmp_path, kind):
     flags = {
         "model": data.folder / kind, "babi": data.babi, "haystack": data.folder / "texts.jsonl.gz", "samples": 4,
         "lengths": [20, 300, 600], "shots": 1, "max_new_tokens": 3, "segment": 100, "device": "cpu",
     }  # fmt: skip
-    run(scripts.eval_babilong, monkeypatch, tasks=["qa1", "qa3"], output=tmp_path, **flags)
+    run("babilong", tasks=["qa1", "qa3"], output=tmp_path, **flags)
     results = json.loads((tmp_path / "babilong.json").read_text(encoding="utf-8"))
     # No story fits into 20 tokens.
     assert [(row["task"], row["length"]) for row in results["rows"]] == [
-        ("qa1", 300), ("qa1", 600), ("qa3", 300), ("qa3", 600),
+        ("qa1", 300), ("qa3", 300), ("qa1", 600), ("qa3", 600),
     ]  # fmt: skip
     for row in results["rows"]:
         assert row["samples"] == 4
         assert row["low"] <= row["accuracy"] <= row["high"]
-        assert set(row["records"]["answer"]) <= set(ROOMS)
+        assert set(row["records"]["expected"]) <= set(ROOMS)
         assert ("recall" in row) == (kind == "hsa")
-    assert results["rows"][0]["records"]["answer"] == results["rows"][1]["records"]["answer"]  # the same stories
+    assert results["rows"][0]["records"]["expected"] == results["rows"][2]["records"]["expected"]  # the same stories
     assert (tmp_path / "babilong.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_that_knows_is_right(scripts, data, tmp_path, monkeypatch):
+def test_a_model_that_knows_is_right(data, tmp_path, monkeypatch):
     """One that answers with the room of the last fact about the person that the question names."""
 
-    def answer(model, ids, *options):
+    def answer(self, ids, *options):
         text = data.tokenizer.decode(ids[0])
         person = text.rpartition("Where is ")[2].partition("?")[0]
         room = text.rpartition(f"{person} moved to the ")[2].partition(".")[0]
-        return data.tokenizer(f" {room}\n\nJohn")["input_ids"], None
+        return data.tokenizer(f" {room}\n\nJohn")["input_ids"], RetrievalRecorder(None, 0)
 
-    monkeypatch.setattr(scripts.eval_babilong, "generate", answer)
+    monkeypatch.setattr(Reader, "generate", answer)
     run(
-        scripts.eval_babilong, monkeypatch, model=data.folder / "llama", babi=data.babi, tasks="qa1", lengths=500,
+        "babilong", model=data.folder / "llama", babi=data.babi, tasks="qa1", lengths=500,
         haystack=data.folder / "texts.jsonl.gz", samples=30, output=tmp_path, device="cpu",
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "babilong.json").read_text(encoding="utf-8"))["rows"]
@@ -348,7 +345,7 @@ def test_babilong_in_a_process_of_its_own(data, tmp_path):
     """Also with the chunk memory on the CPU, which is where it is here anyway."""
     flags = {"model": data.folder / "hsa", "babi": data.babi, "haystack": data.folder / "texts.jsonl.gz"}
     flags |= {"tasks": "qa1", "lengths": 300, "samples": 1, "device": "cpu", "output": tmp_path / "out"}
-    run_it = run_example("eval_babilong.py", tmp_path, "--offload", **flags)
+    run_it = run_example("evaluate.py", tmp_path, "babilong", "--offload", **flags)
     assert "qa1" in run_it.stdout
     assert (tmp_path / "out" / "babilong.json").is_file()
 
@@ -356,14 +353,11 @@ def test_babilong_in_a_process_of_its_own(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 2}, "`--batch_size`: answers are written for one prompt at a time"),
-        ({"shots": -1}, "`--shots` must be at least 0, got -1"),
         ({"tasks": "qa2"}, "`--babi`: there is no qa2_"),
         ({"lengths": 5}, "`--lengths`: no story fits into any of them"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(scripts, data, tmp_path, monkeypatch, capsys, changes, message):
+def test_flags_that_make_no_sense_are_refused(data, tmp_path, changes, message):
     flags = {"model": data.folder / "llama", "babi": data.babi, "tasks": "qa1", "output": tmp_path, "device": "cpu"}
-    with pytest.raises(SystemExit):
-        run(scripts.eval_babilong, monkeypatch, **{**flags, "haystack": data.folder / "texts.jsonl.gz", **changes})
-    assert message in capsys.readouterr().err
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run("babilong", **{**flags, "haystack": data.folder / "texts.jsonl.gz", **changes})

@@ -1,7 +1,7 @@
 """
 Time and memory of the operations of HSA and of the sliding window, each against its peers, on a GPU.
 
-    python examples/benchmark_kernels.py --output benchmarks/results/gpu --parts kernels selection window
+    python examples/benchmark.py kernels --output benchmarks/results/gpu --parts kernels selection window
 
 `kernels`: chunk attention, forward and backward, on retrieved chunks that differ from query to query ("random") or
 mostly agree ("shared", as those of trained models do). `selection`: the top chunks of many queries, and of one over a
@@ -10,31 +10,22 @@ and versions, and plots. `--device cpu --toy` runs the same on tiny shapes.
 
 A row also holds its floors: the time to read every input and write every output once at the bandwidth of a copy
 (`bytes_floor_ms`), and the time of its arithmetic at the speed of a matmul of 8192^3 (`flop_floor_ms`), both measured
-on the same device; and the ratio of the time to the larger one.
+on the same device; and the ratio of the time to the larger one. Implementations that are not installed here are
+compared with through a file of times that were recorded elsewhere (`--recorded`).
 """
 
+import json
 import os
 import random
 import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from measuring import (
-    attempt,
-    clock_ms,
-    device,
-    draw,
-    extra_memory,
-    forward_backward,
-    median_ms,
-    on_gpu,
-    parse,
-    randn,
-    replay_ms,
-    run,
-    tensor_bytes,
-)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
@@ -43,8 +34,14 @@ from modeling_hsa.layout import build_layout
 from modeling_hsa.ops import chunk_attention, select_chunks
 from modeling_hsa.window import window_attention
 
+from ..commands import REPOSITORY
+from ..plots import draw_scaling
+from .timing import Benchmark, Timer, tensor_bytes
+
 
 CHUNK_SIZE = 64
+RECORDED = REPOSITORY / "benchmarks/results/gpu/recorded_peers.json"
+SHAPE = ("batch", "length", "heads", "kv_heads", "dim", "topk")
 # Batch, length, query heads, key/value heads, head dim, chunks per query.
 SHAPES = [
     (8, 4096, 16, 1, 64, 8),
@@ -54,15 +51,6 @@ SHAPES = [
     (1, 65536, 32, 2, 128, 16),
 ]
 TOY_SHAPES = [(2, 512, 4, 1, 16, 4), (1, 1024, 4, 2, 16, 4)]
-# Forward and backward in ms on random chunks, of other implementations where they are not installed: recorded on
-# 2026-11-23 on one H100 80GB with torch 2.11, triton 3.6, in bf16. "reference" is the kernel of the paper's authors.
-RECORDED = {
-    (8, 4096, 16, 1, 64, 8): {"reference": (0.710, 3.67), "fla nsa": (0.699, 3.53), "sdpa": (0.650, 1.91)},
-    (2, 16384, 16, 1, 64, 8): {"reference": (0.715, 5.25), "fla nsa": (0.705, 3.66), "sdpa": (2.50, 6.35)},
-    (1, 65536, 16, 1, 64, 8): {"reference": (1.40, 15.3), "fla nsa": (1.53, 5.45), "sdpa": (18.8, 49.8)},
-    (4, 4096, 32, 2, 128, 16): {"reference": (2.22, 10.3), "fla nsa": (2.80, 13.9), "sdpa": (1.01, 3.08)},
-    (1, 65536, 32, 2, 128, 16): {"reference": (9.29, 79.7), "fla nsa": (11.5, 32.4), "sdpa": (56.0, 160.8)},
-}
 # Name, queries, landmarks, dim, whether causal.
 SELECTIONS = [
     ("8192 queries", 8192, 1024, 64, False),
@@ -111,12 +99,12 @@ def shared_chunks(length: int, topk: int, generator: np.random.Generator, change
 PATTERNS = {"random": random_chunks, "shared": shared_chunks}
 
 
-def make_indices(pattern: str, batch: int, length: int, heads: int, topk: int) -> torch.Tensor:
+def make_indices(pattern: str, batch: int, length: int, heads: int, topk: int, device: str = "cpu") -> torch.Tensor:
     """int32 [B, L, H, K]."""
     generator = np.random.default_rng(0)
     rows = [PATTERNS[pattern](length, topk, generator) for _ in range(batch * heads)]
     stacked = np.stack(rows).reshape(batch, heads, length, topk).swapaxes(1, 2)
-    return torch.tensor(np.ascontiguousarray(stacked), dtype=torch.int32, device=device())
+    return torch.tensor(np.ascontiguousarray(stacked), dtype=torch.int32, device=device)
 
 
 # -- chunk attention --
@@ -157,7 +145,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def first_call_ms(function, inputs: list[torch.Tensor]) -> float:
+def first_call_ms(timer: Timer, function, inputs: list[torch.Tensor]) -> float:
     """What the first forward and backward take longer than the second: the time of compiling."""
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
 
@@ -165,13 +153,13 @@ def first_call_ms(function, inputs: list[torch.Tensor]) -> float:
         output = function(*inputs)
         output.backward(torch.ones_like(output))
 
-    return clock_ms(step) - clock_ms(step)
+    return timer.clock_ms(step) - timer.clock_ms(step)
 
 
-def measure_attention(name: str, inputs: list[torch.Tensor]) -> dict:
+def measure_attention(timer: Timer, name: str, inputs: list[torch.Tensor]) -> dict:
     function = IMPLEMENTATIONS[name]
-    row = {"compile_ms": first_call_ms(function, inputs)}
-    row |= forward_backward(function, inputs, graph=name != "torch")
+    row = {"compile_ms": first_call_ms(timer, function, inputs)}
+    row |= timer.forward_backward(function, inputs, graph=name != "torch")
     if row["both_extra_mib"] is not None:
         for what in ("forward", "both"):
             row[f"{what}_extra_of_inputs"] = row[f"{what}_extra_mib"] * 2**20 / tensor_bytes(inputs)
@@ -197,41 +185,15 @@ def with_floors(row: dict, inputs: list[torch.Tensor], limits: dict) -> dict:
     return row
 
 
-def with_recorded(row: dict, shape: tuple) -> dict:
-    """How many times faster than the recorded times of the others, for the same pattern."""
+def with_recorded(row: dict, recorded: list[dict]) -> dict:
+    """How many times faster than the recorded times of the others, on the same shape and random chunks."""
     if "backward_ms" in row and (row["implementation"], row["pattern"]) == ("triton", "random"):
-        for peer, times in RECORDED.get(shape, {}).items():
-            for what, recorded in zip(("forward", "backward"), times):
-                row[f"{what}_speedup_over_recorded_{peer.replace(' ', '_')}"] = recorded / row[f"{what}_ms"]
+        for peer in recorded:
+            if all(peer[name] == row[name] for name in SHAPE):
+                label = peer["implementation"].replace(" ", "_")
+                for what in ("forward", "backward"):
+                    row[f"{what}_speedup_over_recorded_{label}"] = peer[f"{what}_ms"] / row[f"{what}_ms"]
     return row
-
-
-def measure_kernels(arguments, limits):
-    names = arguments.implementations or (["torch", "sdpa"] if arguments.toy else list(IMPLEMENTATIONS))
-    # An empty cache, so that the first call of a shape compiles what no earlier one has.
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
-    for shape in TOY_SHAPES if arguments.toy else SHAPES:
-        batch, length, heads, kv_heads, dim, topk = shape
-        if arguments.lengths and length not in arguments.lengths or arguments.dims and dim not in arguments.dims:
-            continue
-        q, k, v = (randn(batch, length, h, dim) for h in (heads, kv_heads, kv_heads))
-        for pattern in arguments.patterns:
-            indices = make_indices(pattern, batch, length, kv_heads, topk)
-            weights = torch.rand(indices.shape, device=device()) / topk * (indices >= 0)
-            inputs = [q, k, v, weights, indices]
-            for name in names:
-                if (
-                    name in ("sdpa", "flash")
-                    and pattern != arguments.patterns[0]
-                    or name == "torch"
-                    and length > 16384
-                ):
-                    continue  # takes no indices; takes too long
-                row = dict(zip(("batch", "length", "heads", "kv_heads", "dim", "topk"), shape))
-                row |= {"pattern": pattern, "implementation": name} | attempt(measure_attention, name, inputs)
-                if name in ("triton", "torch"):
-                    row = with_recorded(with_floors(row, inputs, limits), shape)
-                yield row
 
 
 # -- selection --
@@ -243,38 +205,6 @@ def naive_selection(q, landmarks, visible, topk: int):
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     return scores.topk(topk, dim=-1)
-
-
-def measure_selection(arguments, limits):
-    topk = 8
-    for case, queries, chunks, dim, causal in TOY_SELECTIONS if arguments.toy else SELECTIONS:
-        q = randn(1, queries, 1, dim)
-        landmarks = randn(1, chunks, 1, dim)
-        q_start = 0 if causal else chunks * CHUNK_SIZE
-        visible = None
-        if causal:
-            position = torch.arange(queries, device=device())
-            visible = torch.arange(chunks, device=device()) < (position // CHUNK_SIZE)[:, None]
-            visible = visible[None, :, None]
-
-        def ours(implementation, q=q, landmarks=landmarks, q_start=q_start):
-            return lambda: select_chunks(
-                q, landmarks, topk=topk, chunk_size=CHUNK_SIZE, q_start=q_start, implementation=implementation
-            )
-
-        functions = {name: ours(name) for name in ("triton", "torch") if on_gpu() or name == "torch"}
-        functions["naive"] = lambda q=q, x=landmarks, visible=visible: naive_selection(q, x, visible, topk)
-        floor = tensor_bytes([q, landmarks]) + queries * topk * 8
-        flop = 2 * queries * chunks * dim / (2 if causal else 1)
-        for name, function in functions.items():
-            row = {"case": case, "queries": queries, "chunks": chunks, "dim": dim, "implementation": name}
-            with torch.no_grad():
-                row |= attempt(lambda f: {"ms": median_ms(f), "extra_mib": extra_memory(f)}, function)
-                if name != "torch" and on_gpu():
-                    row |= {f"graph_{k}": v for k, v in attempt(lambda f: {"ms": replay_ms(f)}, function).items()}
-            row["bytes_floor_ms"] = floor / limits["copy_bytes_per_s"] * 1e3
-            row["flop_floor_ms"] = flop / limits["matmul_flop_per_s"] * 1e3
-            yield row
 
 
 # -- the sliding window --
@@ -296,7 +226,7 @@ def _window(implementation: str, flash: bool, layout, window: int, heads: int, k
     return function
 
 
-def _flex(window: int, queries: int, keys: int):
+def _flex(window: int, queries: int, keys: int, device: str):
     """Compiled FlexAttention; the block mask, which layers would share, is not timed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -305,16 +235,16 @@ def _flex(window: int, queries: int, keys: int):
     past = keys - queries
     mask = create_block_mask(
         lambda b, h, q, k: (q + past >= k) & (q + past - k < window), None, None, queries, keys,
-        device=device(),
+        device=device,
     )  # fmt: skip
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-def window_implementations(queries: int, past: int, shape: tuple) -> dict:
+def window_implementations(timer: Timer, queries: int, past: int, shape: tuple) -> dict:
     """By name what makes the function of q, k and v [1, H, tokens, D], `past` keys being of earlier calls."""
-    layout = build_layout(1, queries, torch.device(device()), CHUNK_SIZE, None, None)
-    position = torch.arange(past, past + queries, device=device())[None]
+    layout = build_layout(1, queries, torch.device(timer.device), CHUNK_SIZE, None, None)
+    position = torch.arange(past, past + queries, device=timer.device)[None]
     layout = layout._replace(position=position, past=past, shared={})
     # As rows of different lengths have it: one token of rows of the same length needs no mask.
     masked = layout._replace(past=None, shared={}) if queries == 1 else layout
@@ -322,65 +252,121 @@ def window_implementations(queries: int, past: int, shape: tuple) -> dict:
         "sdpa, blocks": lambda: _window("sdpa", False, masked, *shape),
         "sdpa": lambda: _window("sdpa", True, layout, *shape),
     }
-    if on_gpu():
-        functions["flex"] = lambda: _flex(shape[0], queries, past + queries)
+    if timer.on_gpu:
+        functions["flex"] = lambda: _flex(shape[0], queries, past + queries, timer.device)
         if is_flash_attn_2_available():
             functions["flash_attention_2"] = lambda: _window("flash_attention_2", True, layout, *shape)
     return functions
 
 
-def measure_window(arguments, limits):
-    window, heads, kv_heads, dim = (32, 4, 2, 16) if arguments.toy else (512, 16, 4, 64)
-    lengths = arguments.lengths or ([256] if arguments.toy else [4096, 16384, 65536])
-    segment = 128 if arguments.toy else 4096
-    # Name, queries, cached keys.
-    cases = [("whole", length, 0) for length in lengths]
-    cases += [("segment", segment, window - 1), ("decode", 1, window - 1)]
-    for case, queries, past in cases:
-        q, k, v = (
-            randn(1, n, h, dim).transpose(1, 2)
-            for n, h in ((queries, heads), (past + queries, kv_heads), (past + queries, kv_heads))
-        )
-        functions = window_implementations(queries, past, (window, heads, kv_heads, dim))
-        for name, make in functions.items():
-            row = {"case": case, "queries": queries, "keys": past + queries, "implementation": name}
-            yield row | attempt(measure_window_call, make, [q, k, v], case == "whole")
-
-
-def measure_window_call(make, inputs, with_backward: bool) -> dict:
+def measure_window_call(timer: Timer, make, inputs: list[torch.Tensor], with_backward: bool) -> dict:
     function = make()
     if with_backward:
-        return forward_backward(function, inputs)
+        return timer.forward_backward(function, inputs)
     with torch.no_grad():
-        return {"forward_ms": median_ms(lambda: function(*inputs))}
+        return {"forward_ms": timer.median_ms(lambda: function(*inputs))}
 
 
-PARTS = {"kernels": measure_kernels, "selection": measure_selection, "window": measure_window}
+# -- the benchmark --
 
 
-def plot(results: dict, folder) -> None:
-    for part, name in (("kernels", "kernels.png"), ("window", "window.png")):
-        rows = [row for row in results.get(part, {}).get("rows", []) if "both_ms" in row]
-        panels = []
-        for field in ("forward_ms", "backward_ms"):
-            lines = {}
-            for row in rows:
-                if part == "kernels" and (row["heads"], row["dim"]) != (rows[0]["heads"], rows[0]["dim"]):
-                    continue
-                uses_chunks = row["implementation"] not in ("sdpa", "flash")
-                label = row["implementation"] + (f" {row['pattern']}" if "pattern" in row and uses_chunks else "")
-                x, y = lines.setdefault(label, ([], []))
-                x.append(row["length" if part == "kernels" else "queries"])
-                y.append(row[field])
-            panels.append((field.replace("_", ", "), "tokens", [(label, x, y) for label, (x, y) in lines.items()]))
-        draw(panels, folder / name)
+class Kernels(Benchmark):
+    name, parts = "kernels", ("kernels", "selection", "window")
 
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        super().add_arguments(parser)
+        group = parser.add_argument_group("of `kernels`")
+        group.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="only these")
+        group.add_argument("--dims", type=int, nargs="+", help="only these")
+        group.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of chunks")
+        group.add_argument("--recorded", type=Path, default=RECORDED, help="JSON of times of other implementations")
 
-def add_arguments(parser) -> None:
-    parser.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="of `kernels`")
-    parser.add_argument("--dims", type=int, nargs="+", help="of `kernels`: only these")
-    parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of `kernels`")
+    def __init__(self, arguments: Namespace):
+        super().__init__(arguments)
+        self.recorded = json.loads(arguments.recorded.read_text(encoding="utf-8"))["rows"]
 
+    def measure_kernels(self) -> Iterator[dict]:
+        arguments, timer = self.arguments, self.timer
+        names = arguments.implementations or (["torch", "sdpa"] if arguments.toy else list(IMPLEMENTATIONS))
+        # An empty cache, so that the first call of a shape compiles what no earlier one has.
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+        for shape in TOY_SHAPES if arguments.toy else SHAPES:
+            batch, length, heads, kv_heads, dim, topk = shape
+            if arguments.lengths and length not in arguments.lengths or arguments.dims and dim not in arguments.dims:
+                continue
+            q, k, v = (timer.randn(batch, length, h, dim) for h in (heads, kv_heads, kv_heads))
+            for pattern in arguments.patterns:
+                indices = make_indices(pattern, batch, length, kv_heads, topk, timer.device)
+                weights = torch.rand(indices.shape, device=timer.device) / topk * (indices >= 0)
+                inputs = [q, k, v, weights, indices]
+                for name in names:
+                    takes_no_indices = name in ("sdpa", "flash") and pattern != arguments.patterns[0]
+                    if takes_no_indices or name == "torch" and length > 16384:  # the latter takes too long
+                        continue
+                    row = dict(zip(SHAPE, shape)) | {"pattern": pattern, "implementation": name}
+                    row |= timer.attempt(measure_attention, timer, name, inputs)
+                    if name in ("triton", "torch"):
+                        row = with_recorded(with_floors(row, inputs, self.limits), self.recorded)
+                    yield row
 
-if __name__ == "__main__":
-    run("kernels", PARTS, parse(__doc__, PARTS, add_arguments), plot)
+    def measure_selection(self) -> Iterator[dict]:
+        timer, topk = self.timer, 8
+        for case, queries, chunks, dim, causal in TOY_SELECTIONS if self.arguments.toy else SELECTIONS:
+            q = timer.randn(1, queries, 1, dim)
+            landmarks = timer.randn(1, chunks, 1, dim)
+            options = {"topk": topk, "chunk_size": CHUNK_SIZE, "q_start": 0 if causal else chunks * CHUNK_SIZE}
+            visible = None
+            if causal:
+                position = torch.arange(queries, device=timer.device)
+                visible = torch.arange(chunks, device=timer.device) < (position // CHUNK_SIZE)[:, None]
+                visible = visible[None, :, None]
+            functions = {
+                name: partial(select_chunks, q, landmarks, **options, implementation=name)
+                for name in ("triton", "torch")
+                if timer.on_gpu or name == "torch"
+            }
+            functions["naive"] = partial(naive_selection, q, landmarks, visible, topk)
+            floor = tensor_bytes([q, landmarks]) + queries * topk * 8
+            flop = 2 * queries * chunks * dim / (2 if causal else 1)
+            for name, function in functions.items():
+                row = {"case": case, "queries": queries, "chunks": chunks, "dim": dim, "implementation": name}
+                with torch.no_grad():
+                    row |= timer.attempt(
+                        lambda f: {"ms": timer.median_ms(f), "extra_mib": timer.extra_memory(f)}, function
+                    )
+                    if name != "torch" and timer.on_gpu:
+                        row |= timer.attempt(lambda f: {"graph_ms": timer.replay_ms(f)}, function)
+                row["bytes_floor_ms"] = floor / self.limits["copy_bytes_per_s"] * 1e3
+                row["flop_floor_ms"] = flop / self.limits["matmul_flop_per_s"] * 1e3
+                yield row
+
+    def measure_window(self) -> Iterator[dict]:
+        arguments, timer = self.arguments, self.timer
+        window, heads, kv_heads, dim = (32, 4, 2, 16) if arguments.toy else (512, 16, 4, 64)
+        lengths = arguments.lengths or ([256] if arguments.toy else [4096, 16384, 65536])
+        # Name, queries, cached keys.
+        cases = [("whole", length, 0) for length in lengths]
+        cases += [("segment", 128 if arguments.toy else 4096, window - 1), ("decode", 1, window - 1)]
+        for case, queries, past in cases:
+            sizes = ((queries, heads), (past + queries, kv_heads), (past + queries, kv_heads))
+            inputs = [timer.randn(1, n, h, dim).transpose(1, 2) for n, h in sizes]
+            functions = window_implementations(timer, queries, past, (window, heads, kv_heads, dim))
+            for name, make in functions.items():
+                row = {"case": case, "queries": queries, "keys": past + queries, "implementation": name}
+                yield row | timer.attempt(measure_window_call, timer, make, inputs, case == "whole")
+
+    def plot(self, rows: dict[str, list[dict]]) -> None:
+        for part, x in (("kernels", "length"), ("window", "queries")):
+            kept = [row for row in rows.get(part, []) if "both_ms" in row]
+            kept = [row for row in kept if all(row.get(name) == kept[0].get(name) for name in ("heads", "dim"))]
+            panels = {}
+            for field in ("forward_ms", "backward_ms"):
+                lines = panels.setdefault(field.replace("_", ", "), {})
+                for row in kept:
+                    uses_chunks = "pattern" in row and row["implementation"] not in ("sdpa", "flash")
+                    label = row["implementation"] + (f" {row['pattern']}" if uses_chunks else "")
+                    line = lines.setdefault(label, ([], []))
+                    line[0].append(row[x])
+                    line[1].append(row[field])
+            draw_scaling(panels, self.arguments.output / f"{part}.png")

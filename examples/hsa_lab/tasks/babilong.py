@@ -1,23 +1,19 @@
 """
 BABILong: bAbI stories told between the sentences of books, and a question about them at the end.
 
-    python examples/eval_babilong.py --model out/books --babi babi --haystack books/validation.jsonl.gz \\
-        --output out/books/babilong --lengths 1024 4096 16384 --samples 100 --shots 2
-
 The benchmark is Kuratov et al., "BABILong: Testing the Limits of LLMs with Long Context Reasoning-in-a-Haystack",
-2024, https://arxiv.org/abs/2406.10149, code at https://github.com/booydar/babilong. `--babi` is a folder with files
-qaN_*_train.txt or .txt.gz of bAbI v1.2 (Weston et al., 2015, https://arxiv.org/abs/1502.05698), or one with such
-folders en-10k and en. `babi_stories` says which of their stories are for evaluation.
+2024, https://arxiv.org/abs/2406.10149, code at https://github.com/booydar/babilong; its stories are of bAbI v1.2
+(Weston et al., 2015, https://arxiv.org/abs/1502.05698), files qaN_*_train.txt or .txt.gz. `babi_stories` says which
+of their stories are for evaluation.
 
 As there: every question of a story is a sample, whose facts are the statements before it; the facts are put, in order,
-at places drawn uniformly, with repetition, among the ends of the sentences of a run of background text; the model
-answers with up to 20 tokens, greedily; the answer is right if it names the right word and no other of the task's
-answers, but for words of the question (`is_correct`).
+at places drawn uniformly, with repetition, among the ends of the sentences of a run of background text; the answer is
+right if it names the right word and no other of the task's answers, but for words of the question (`is_correct`).
 
 Not as there, so that small models that were never tuned to follow instructions can take part:
 
-- The prompt has no instructions. `--shots` examples, stories of the training split without background, replace the
-  benchmark's two or three written ones, and the answer is the word alone, not a sentence:
+- The prompt has no instructions. Examples, stories of the training split without background, replace the benchmark's
+  two or three written ones, and the answer is the word alone, not a sentence:
 
       John went to the hallway. Mary moved to the office.
       Question: Where is John?
@@ -29,43 +25,24 @@ Not as there, so that small models that were never tuned to follow instructions 
 
 - Only the first line of what the model writes counts, as a base model goes on with another question.
 - The length is that of the whole prompt, in tokens of the model, exactly; the benchmark's is that of background and
-  facts. Stories that do not fit are left out: `stories` of a row says how many were left.
-- The text around the facts is what `--haystack` gives, and not PG-19. Documents follow each other without a token
-  between them; text that is too short is repeated.
+  facts.
+- The text around the facts is any, and not PG-19. Documents follow each other without a token between them; text that
+  is too short is repeated.
 
-The same stories are asked at every length that they fit. Chance is 1/6 for a room in qa1 to qa4, and in qa4 1/2 for
-one of the rooms of the story that the question does not name; in qa5 1/4 for a person and 1/3 for a thing.
-
-Results: babilong.json, babilong.png (tasks x lengths). Rows of HSA models also have the recall of the chunks that hold
-the supporting facts, by the tokens that answer.
+Chance is 1/6 for a room in qa1 to qa4, and in qa4 1/2 for one of the rooms of the story that the question does not
+name; in qa5 1/4 for a person and 1/3 for a thing.
 """
 
 import functools
 import gzip
 import zlib
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from eval_ppl import ring_window
-from evaluation import (
-    Clock,
-    Results,
-    batches,
-    cache_class,
-    encode,
-    generate,
-    load,
-    make_parser,
-    parse,
-    read_haystack,
-    retrieval_recall,
-    sample_rng,
-    short,
-)
+
+from ..tokens import encode, first_ids, ring_window
 
 
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -77,7 +54,6 @@ LABELS = {
     "qa4": ROOMS,
     "qa5": ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"),
 }
-LENGTHS = tuple(2**i for i in range(10, 15))
 EVALUATION_SHARE = 5  # one story in so many
 SHORT_STORIES = 50  # examples are drawn from so many of the shortest stories
 
@@ -212,9 +188,7 @@ class Prompts:
         self.background = background
         self.encode = functools.cache(functools.partial(encode, tokenizer))
         text = "".join(f"{' '.join(s.facts)}\nQuestion: {s.question}\nAnswer: {s.answer}\n\n" for s in shots)
-        # What the tokenizer begins a text with, if anything.
-        begin = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-        self.head = begin + encode(tokenizer, text) if text else begin
+        self.head = first_ids(tokenizer) + (encode(tokenizer, text) if text else [])
 
     def parts(self, story: Story) -> tuple[list[list[int]], list[int]]:
         """The tokens of the facts, and of the question."""
@@ -269,106 +243,3 @@ def is_correct(output: str, story: Story, labels: Sequence[str]) -> bool:
     sentence = output.strip().partition("\n")[0].partition(".")[0].lower()
     named = {label for label in map(str.lower, labels) if label in sentence and label not in story.question.lower()}
     return named == {story.answer.lower()}
-
-
-class Evaluation:
-    """One model on BABILong. `stream` [N]: tokens of the background."""
-
-    def __init__(self, arguments: Namespace, model, tokenizer, stream: np.ndarray):
-        self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
-        self.background = Background(stream, tokenizer)
-        self.results = Results("babilong", arguments, model)
-
-    def run(self, task: str) -> None:
-        """Adds a row for every length."""
-        arguments = self.arguments
-        asked, examples = (babi_stories(arguments.babi, task, split) for split in ("evaluation", "train"))
-        prompts, orders = {}, {}
-        for seed in arguments.seeds:
-            rng = sample_rng(seed, task, 0, 0)
-            prompts[seed] = Prompts(self.background, self.tokenizer, choose_shots(examples, arguments.shots, rng))
-            orders[seed] = [asked[i] for i in rng.permutation(len(asked))]
-        for length in arguments.lengths:
-            fitting = {s: [x for x in order if prompts[s].least(x) <= length] for s, order in orders.items()}
-            if not all(fitting.values()):
-                print(f"{task} {short(length)}: no story fits. Leave out that length, or lower `--shots`.")
-                continue
-            clock, records = Clock(), []
-            for ((seed, index),) in batches(arguments, task, length, size=1):
-                story = fitting[seed][index % len(fitting[seed])]
-                prompt = prompts[seed].make(story, length, sample_rng(seed, task, length, index))
-                records.append({"seed": seed, "index": index} | self.ask(task, story, prompt))
-            least = min(map(len, fitting.values()))
-            self.results.add(task, length, records, clock.seconds, stories=least, of_stories=len(asked))
-
-    def ask(self, task: str, story: Story, prompt: Prompt) -> dict:
-        """The record of one sample."""
-        arguments = self.arguments
-        ids = torch.from_numpy(prompt.tokens)[None].to(self.model.device)
-        tokens, chunks = generate(self.model, ids, arguments.max_new_tokens, arguments.segment, arguments.offload)
-        output = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        record = {"score": float(is_correct(output, story, LABELS[task])), "answer": story.answer, "output": output}
-        if cache_class(self.model) is not None:
-            needles = [prompt.facts[i] for i in story.support]
-            record["recall"] = retrieval_recall(chunks[0], needles, self.model.config.chunk_size)
-        return record
-
-
-def draw(rows: list[dict], file: Path) -> None:
-    """Accuracy in percent, tasks x lengths, as the benchmark shows it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks, lengths = list(dict.fromkeys(row["task"] for row in rows)), sorted({row["length"] for row in rows})
-    grid = np.full((len(tasks), len(lengths)), np.nan)
-    for row in rows:
-        grid[tasks.index(row["task"]), lengths.index(row["length"])] = 100 * row["accuracy"]
-    figure, axis = plt.subplots(figsize=(2.5 + 0.8 * len(lengths), 1.6 + 0.4 * len(tasks)), layout="constrained")
-    image = axis.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    for (y, x), value in np.ndenumerate(grid):
-        axis.text(x, y, "" if np.isnan(value) else f"{value:.0f}", ha="center", va="center")
-    axis.set_xticks(range(len(lengths)), [short(length) for length in lengths])
-    axis.set_yticks(range(len(tasks)), tasks)
-    axis.set(title="BABILong", xlabel="tokens")
-    figure.colorbar(image, label="accuracy (%)")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def check(parser: ArgumentParser, arguments: Namespace) -> None:
-    """Ends the program with the name of a flag that makes no sense, and the fix."""
-    if arguments.batch_size != 1:
-        parser.error("`--batch_size`: answers are written for one prompt at a time, leave it out")
-    for name, least in (("shots", 0), ("max_new_tokens", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"`--{name}` must be at least {least}, got {getattr(arguments, name)}")
-    try:
-        for task in arguments.tasks:
-            find_babi_file(arguments.babi, task)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-
-
-def main() -> None:
-    parser = make_parser(__doc__, tuple(LABELS), LENGTHS)
-    parser.add_argument("--babi", type=Path, required=True, help="folder with qaN_*_train.txt or .txt.gz")
-    parser.add_argument("--shots", type=int, default=2, help="solved examples at the beginning of the prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=20, help="of an answer")
-    arguments = parse(parser)
-    check(parser, arguments)
-    arguments.lengths = sorted(set(arguments.lengths))
-    model, tokenizer = load(arguments)
-    evaluation = Evaluation(arguments, model, tokenizer, read_haystack(arguments.haystack, tokenizer))
-    for task in arguments.tasks:
-        evaluation.run(task)
-    if not evaluation.results.rows:
-        parser.error("`--lengths`: no story fits into any of them, give longer ones or lower `--shots`")
-    print(evaluation.results.table())
-    draw(evaluation.results.rows, arguments.output / "babilong.png")
-    print(f"Results are in {arguments.output}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,7 @@
 """
-Train a tokenizer on text files and write the text as streams of tokens, to train on and to evaluate with.
+A tokenizer trained on text files, and the text as streams of tokens, to train on and to evaluate with.
 
-    python examples/prepare_corpus.py --output_dir corpus --vocab_size 8192 \
-        --train_files books/train-*.jsonl.gz --validation_files books/validation.jsonl.gz
-
-Files are .txt (one document) or .jsonl and .jsonl.gz (one document a line, under "text"). `--output_dir` then holds
+Files are .txt (one document) or .jsonl and .jsonl.gz (one document a line, under "text"). The output folder then holds
 
     tokenizer.json, ...            the tokenizer: `AutoTokenizer.from_pretrained(output_dir)`
     train.npy, validation.npy      uint16 [tokens]: the documents in the order of the files, each ended by the
@@ -24,8 +21,7 @@ import io
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -34,24 +30,13 @@ import tokenizers
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 
 # A byte-level BPE learns little more from the rest of a large corpus.
 TOKENIZER_CHARACTERS = 10_000_000
 PIECE_CHARACTERS = 50_000  # at least, of a piece of a document that is encoded on its own
 BATCH_PIECES = 64  # encoded at a time, shared among the cores
-
-
-@dataclass
-class Arguments:
-    train_files: list[str] = field(metadata={"help": ".txt, .jsonl or .jsonl.gz files"})
-    output_dir: str = field(metadata={"help": "folder for the tokenizer and the tokens"})
-    validation_files: list[str] = field(default_factory=list, metadata={"help": "as `train_files`"})
-    vocab_size: int = field(default=8192, metadata={"help": "of the tokenizer, special tokens included"})
-    tokenizer_characters: int = field(
-        default=100_000_000, metadata={"help": "train the tokenizer on the first so many characters"}
-    )
 
 
 def check_files(files: list[str]) -> None:
@@ -210,26 +195,35 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def prepare(args: Arguments) -> dict:
-    """Writes everything into `output_dir`. Returns what index.json says."""
-    if not 258 <= args.vocab_size <= 2**16:
-        raise ValueError(f"`--vocab_size` must be from 258 (256 bytes, 2 special tokens) to 65536: {args.vocab_size}.")
-    files = {"train": args.train_files, "validation": args.validation_files}
+def prepare(
+    train_files: list[str],
+    output: Path,
+    validation_files: Sequence[str] = (),
+    vocab_size: int = 8192,
+    tokenizer_characters: int = 100_000_000,
+) -> dict:
+    """
+    Writes everything into `output`. The tokenizer is trained on the first `tokenizer_characters` of `train_files`.
+
+    Returns: what index.json says.
+    """
+    if not 258 <= vocab_size <= 2**16:
+        raise ValueError(f"`--vocab_size` must be from 258 (256 bytes, 2 special tokens) to 65536: {vocab_size}.")
+    files = {"train": train_files, "validation": list(validation_files)}
     check_files([name for names in files.values() for name in names])
-    if twice := set(args.train_files) & set(args.validation_files):
+    if twice := set(train_files) & set(validation_files):
         raise ValueError(f"`--train_files` and `--validation_files` share {', '.join(sorted(twice))}.")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
-    pieces = ({"text": piece} for document in open_documents(args.train_files) for piece in cut_document(document))
-    tokenizer = train_tokenizer(pieces, args.vocab_size, args.tokenizer_characters, show_progress=True)
-    tokenizer.save_pretrained(folder)
+    pieces = ({"text": piece} for document in open_documents(train_files) for piece in cut_document(document))
+    tokenizer = train_tokenizer(pieces, vocab_size, tokenizer_characters, show_progress=True)
+    tokenizer.save_pretrained(output)
     index = {
         "tokenizer": {
             "tokens": len(tokenizer),
             "end_of_text": tokenizer.eos_token_id,
-            "sha256": sha256(folder / "tokenizer.json"),
+            "sha256": sha256(output / "tokenizer.json"),
             "seconds": round(time.perf_counter() - start, 1),
         },
         "splits": {},
@@ -239,7 +233,7 @@ def prepare(args: Arguments) -> dict:
         },
     }
     for split, names in files.items():
-        path = folder / f"{split}.npy"
+        path = output / f"{split}.npy"
         path.unlink(missing_ok=True)
         if names:
             start = time.perf_counter()
@@ -251,21 +245,5 @@ def prepare(args: Arguments) -> dict:
                 "seconds": round(time.perf_counter() - start, 1),
                 "sources": {Path(name).name: sha256(name) for name in names},
             }
-    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    (output / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return index
-
-
-def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__.strip().splitlines()[0])
-    (args,) = parser.parse_args_into_dataclasses()
-    index = prepare(args)
-    print(f"{index['tokenizer']['tokens']} tokens in the vocabulary, {index['tokenizer']['seconds']} s")
-    for split, of in index["splits"].items():
-        print(
-            f"{split}: {of['documents']} documents, {of['tokens']:,} tokens, "
-            f"{of['characters'] / of['tokens']:.3f} characters per token, {of['seconds']} s"
-        )
-
-
-if __name__ == "__main__":
-    main()
