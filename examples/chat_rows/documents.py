@@ -153,6 +153,18 @@ def _notes(world: World, writer: _Writer) -> None:
                 return
 
 
+def _profiles(world: World, writer: _Writer) -> None:
+    """A short article about each of some things."""
+    while True:
+        for thing in _group(world, 4):
+            facts = world.rng.sample(list(thing.told.values()), len(thing.told))
+            if not writer.add(f"\n\n{thing.name}\n"):
+                return
+            for i, fact in enumerate(facts):
+                if not writer.add(("\n" if i == 0 else " ") + world.state([fact]), [fact]):
+                    return
+
+
 def _log(world: World, writer: _Writer) -> None:
     source, rng = world.source, world.rng
     writer.add("\n\n" + rng.choice(("Log file", "system.log", "service log", "Output of the last run")))
@@ -267,6 +279,7 @@ DOCUMENTS = {
     "contract": _contract,
     "mail": _mail,
     "notes": _notes,
+    "profiles": _profiles,
     "log": _log,
     "table": _table,
     "records": _records,
@@ -285,6 +298,8 @@ def make_document(kind: str, world: World, tokens: int) -> list[Piece]:
     writer = _Writer(tokens)
     before = len(world.facts)
     DOCUMENTS[kind](world, writer)
+    if kind in ("table", "records", "profiles") and not writer.pieces[-1][1]:
+        writer.pieces.pop()  # a heading with nothing below it
     told = {id(fact) for _, facts in writer.pieces for fact in facts}
     # What a generator had drawn beyond the last piece is told nowhere.
     untold = [fact for fact in world.facts[before:] if id(fact) not in told]

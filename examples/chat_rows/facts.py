@@ -11,6 +11,7 @@ value and asks for the thing is only asked where one thing has that value. See t
 """
 
 import random
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,13 +25,13 @@ SPECIFIC = 0.6  # share of the statements and questions in a wording of their at
 PLAIN = 0.5  # share of the sentences that stand in a text as they are
 # Kinds of question and how often they are asked.
 QUESTIONS = {
-    "direct": 0.54,
+    "direct": 0.50,
     "reverse": 0.12,
     "both": 0.08,
     "hop": 0.05,
     "group": 0.05,
     "check": 0.04,
-    "missing": 0.12,
+    "missing": 0.16,
 }
 
 
@@ -221,6 +222,8 @@ class World:
         own = _own(fact.attribute, "questions", self.split)
         specific = bool(own) and self.rng.random() < SPECIFIC
         wording = self.rng.choice(own if specific else wordings("question", self.split))
+        if fact.attribute.value == "name" and not specific:
+            wording = re.sub(r"\b([Ww])hat (?=is|was)", r"\1ho ", wording)
         return _fill(wording, fact, mention), specific
 
     def _ask_direct(self, short: bool) -> Question:

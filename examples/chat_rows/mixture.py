@@ -124,7 +124,8 @@ def make_plan(family: str, materials: Materials, questions: int, length: int, rn
         # Half of the rows have stories of one task, as an evaluation has.
         tasks = materials.stories if rng.random() < 0.5 else (rng.choice(list(materials.stories)),)
         chosen = {task: materials.stories[task] for task in tasks}
-        plan = story_plan(rng, chosen, rng.randrange(1, questions + 1), int(length * STORY_TOKENS), split)
+        count = questions if rng.random() < 0.5 else rng.randrange(1, questions + 1)
+        plan = story_plan(rng, chosen, count, int(length * STORY_TOKENS), split)
     elif family == "ruler":
         plan = ruler_plan(rng, questions, length, split)
     else:

@@ -87,6 +87,7 @@ HINTS = (
     "Quote the answer from the text.",
 )
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(0-9])")
+MISSING = 0.12  # share of the questions that are those of a passage that is not there
 PASSAGE_TOKENS = 4.0  # characters of a passage a token, about
 
 
@@ -150,7 +151,7 @@ def read_passages(path: str | Path, split: str) -> tuple[Passage, ...]:
             text, title, question, answer = taken
             of = split_of("film " + _plain(title)) if title else passage_split(text)
             if of == split:
-                passage = found.setdefault(_plain(text)[:200], Passage(text, title, source=row["source"]))
+                passage = found.setdefault(title + _plain(text)[:200], Passage(text, title, source=row["source"]))
                 if question not in (q for q, _ in passage.questions):
                     passage.questions.append((question, answer))
     return tuple(found.values())
@@ -172,10 +173,12 @@ def qa_plan(
     blocks, turns, room, titles = [], [], int(length * 0.75), set()
     for number, passage in enumerate(rng.choices(passages, k=40)):
         size = len(passage.text) / PASSAGE_TOKENS + 40 * len(passage.questions)
-        if size > room or (passage.title or passage.text) in titles:
+        # Questions of ropes, like "Who is older?", would be ambiguous beside another passage of theirs.
+        alone = passage.source if passage.source == "ropes" else passage.title or passage.text
+        if size > room or alone in titles:
             continue
         room -= size
-        titles.add(passage.title or passage.text)
+        titles.add(alone)
         sentences = passage.sentences
         head = f"{passage.title}\n" if passage.title else ""
         blocks.append([("\n\n" + head + s if i == 0 else s, [(number, i)]) for i, s in enumerate(sentences)])
@@ -192,6 +195,22 @@ def qa_plan(
         if len(turns) >= questions:
             break
     rng.shuffle(turns)
+    turns = turns[:questions]
+    for i in range(len(turns)):
+        if rng.random() < MISSING and (other := _unanswerable(rng, passages, blocks)) is not None:
+            turns[i] = other
     parts = conversation(rng, False)
     parts["hint"] = " ".join(filter(None, [parts["hint"], rng.choice(HINTS)]))
-    return Plan("qa", blocks, turns[:questions], haystack, **parts)
+    return Plan("qa", blocks, turns, haystack, **parts)
+
+
+def _unanswerable(rng: random.Random, passages: tuple[Passage, ...], blocks: list) -> Turn | None:
+    """A question of a passage that is not there, whose answer is nowhere in those that are."""
+    passage = rng.choice(passages)
+    question, answer = rng.choice(passage.questions)
+    text = _plain("".join(text for block in blocks for text, _ in block))
+    asked = [word for word in _plain(question).split() if len(word) > 3]
+    if not answer or _plain(answer) in text or passage.source == "ropes" or all(word in text for word in asked):
+        return None
+    text = f'In "{passage.title}": {question}' if passage.title else question
+    return Turn(text, [(rng.choice(wordings("refusal qa")), False)], [], "missing")

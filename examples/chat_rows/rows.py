@@ -27,7 +27,6 @@ ANSWER = 3  # the rest of an answer, the token that ends it among it
 VALUE = 4  # what was asked for
 
 NEAR = 0.15  # share of the rows whose hidden things are in the last quarter of the text
-LONG_STRING = 2000  # longer strings are not kept for the next batch
 
 
 @dataclass
@@ -89,20 +88,13 @@ class RowBuilder:
     def __init__(self, tokenizer, haystacks: dict[str, Haystack]):
         self.tokenizer, self.haystacks, self.chat = tokenizer, haystacks, ChatFormat(tokenizer)
         self.backend = tokenizer.backend_tokenizer
-        self._kept: dict[str, np.ndarray] = {}
         self.blank = self.encode(["\n\n"])["\n\n"]
 
     def encode(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
-        """The token ids of every text, all in one batch; those of the texts that come often are kept."""
-        found = {text: self._kept.get(text) for text in texts}
-        new = [text for text, ids in found.items() if ids is None]
-        for text, encoding in zip(new, self.backend.encode_batch_fast(new, add_special_tokens=False)):
-            found[text] = np.array(encoding.ids, dtype=np.uint16)
-        return found
-
-    def keep(self, texts: Iterable[str]) -> None:
-        """Tokenises texts that come again and again once and for all."""
-        self._kept |= self.encode(texts)
+        """The token ids of every text, all in one batch."""
+        texts = list(dict.fromkeys(texts))
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return {text: np.array(encoding.ids, dtype=np.uint16) for text, encoding in zip(texts, encodings)}
 
     # -- rows of plans --
 
@@ -168,7 +160,7 @@ class RowBuilder:
         if rng.random() < NEAR and cuts[-1] > 0:
             cuts = cuts[cuts >= min(room * 3 // 4, cuts[-1])]
         places = sorted(int(cuts[rng.randrange(len(cuts))]) for _ in blocks)
-        order = _interleave(plan.groups, rng) if plan.groups else range(len(blocks))
+        order = interleave(plan.groups, rng) if plan.groups else range(len(blocks))
         at = 0
         for place, i in zip(places, order):
             writer.add(body[at:place], TEXT)
@@ -241,7 +233,7 @@ def _answer_roles(answer: list[tuple[str, bool]], offsets: list[tuple[int, int]]
     return roles
 
 
-def _interleave(groups: list[int], rng: random.Random) -> list[int]:
+def interleave(groups: list[int], rng: random.Random) -> list[int]:
     """The numbers of the blocks, in random order but for those of one group, which stay in theirs."""
     mixed = rng.sample(groups, len(groups))
     waiting = {group: [i for i, g in enumerate(groups) if g == group][::-1] for group in set(groups)}

@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 
 from .families import conversation
-from .rows import Plan, Turn
+from .rows import Plan, Turn, interleave
 from .splits import number_split
 from .tables import words
 from .values import Source
@@ -28,12 +28,12 @@ SECRETS = (
     ("reference", "references"),
 )
 NEEDLES = (
-    "A {one} of {key} is {value}.",
-    "{key} has {value} as a {one}.",
+    "One of the {many} of {key} is {value}.",
+    "{key} has the {one} {value}.",
     "For {key}, take down this {one}: {value}.",
-    "Here is a {one} for {key}: {value}.",
-    "{value} counts as a {one} of {key}.",
-    "Remember {value}, a {one} that belongs to {key}.",
+    "Here is another {one} for {key}: {value}.",
+    "{value} counts among the {many} of {key}.",
+    "Remember {value}, as it belongs to the {many} of {key}.",
 )
 ONE = (
     "What is the {one} of {key}?",
@@ -82,7 +82,7 @@ def ruler_plan(rng: random.Random, questions: int, length: int, split: str = "tr
     """A row of a kind in `KINDS` for about `length` tokens."""
     kind, source = kind or rng.choice(KINDS), Source(split, rng)
     if kind == "chain":
-        return _chains(source, questions)
+        return _chains(source, questions, length)
     if kind in ("common", "coded"):
         return _frequent(source, kind, length)
     return _needles(source, kind, questions, length)
@@ -136,7 +136,7 @@ def _needles(source: Source, kind: str, questions: int, length: int) -> Plan:
     told = [(key, value) for key, found in needles.items() for value in found]
     rng.shuffle(told)
     break_ = "\n" if kind == "pile" else " "
-    texts = [_sentence(wording.format(one=one, key=key, value=value)) for key, value in told]
+    texts = [_sentence(wording.format(one=one, many=many, key=key, value=value)) for key, value in told]
     blocks = [[(break_ + text, [pair])] for text, pair in zip(texts, told)]
     if kind == "pile":
         blocks = [[("\n\n" + text[1:] if i == 0 else text, keys) for i, [(text, keys)] in enumerate(blocks)]]
@@ -168,18 +168,19 @@ def _listed(values: list[str]) -> list[tuple[str, bool]]:
 
 
 def _noise(rng: random.Random, blocks: list, length: int) -> list:
-    """The needles between lines that are all the same."""
+    """The blocks, of one piece each, between lines that are all the same, in the order given."""
     line = rng.choice(LINES)
     count = max(1, (length * 2 // 3 - 70 * len(blocks)) // (len(line) // 4 + 1))
     pieces: list = [("\n" + line, [])] * count
-    for block in blocks:
+    places = sorted((rng.randrange(1, count + 1) for _ in blocks), reverse=True)
+    for place, block in zip(places, reversed(blocks)):
         text, keys = block[0]
-        pieces.insert(rng.randrange(1, len(pieces) + 1), ("\n" + text.lstrip(), keys))
+        pieces.insert(place, ("\n" + text.lstrip(), keys))
     return [("\n" + pieces[0][0], pieces[0][1]), *pieces[1:]]
 
 
-def _chains(source: Source, questions: int) -> Plan:
-    """Chains of assignments, each with a value of its own."""
+def _chains(source: Source, questions: int, length: int) -> Plan:
+    """Chains of assignments, each with a value of its own, in books or between lines that are all the same."""
     rng, blocks, groups, turns, used = source.rng, [], [], [], set()
     first, following = rng.choice(FIRST), rng.choice(NEXT)
     upper, size = rng.random() < 0.5, rng.randrange(2, 6)
@@ -205,6 +206,8 @@ def _chains(source: Source, questions: int) -> Plan:
         text = rng.choice(CHAINED).format(v=value)
         turns.append(Turn(text, [*_listed(names), (".", False)], keys, "chain"))
     rng.shuffle(turns)
+    if rng.random() < 0.4:
+        blocks, groups = [_noise(rng, [blocks[i] for i in interleave(groups, rng)], length)], None
     return Plan("ruler chain", blocks, turns, "books", groups=groups, **conversation(rng, False))
 
 

@@ -143,23 +143,11 @@ def test_words_and_numbers_of_the_splits_are_disjoint():
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         first, second = ({w.lower() for pool in open_pools for w in tables.words()[pool][s]} for s in (one, other))
         assert first and second and not first & second
-    drawn = {}
-    for split in SPLITS:
-        source = values.Source(split, random.Random(0))
-        drawn[split] = [source.value(a.value) for a in tables.attributes() for _ in range(20)]
-        assert all(number_split(source.value("int 10 99999")) == split for _ in range(200))
-        for pattern in ("int 100 9000", "date", "hex 8", "money 10 99", "time", "version", "ip", "isbn", "phone"):
-            assert len({source.value(pattern) for _ in range(30)}) > 10
-    digits = {
-        split: {re_digits for text in found if len(re_digits := "".join(c for c in text if c.isdigit())) > 3}
-        for split, found in drawn.items()
-    }
-    # Dates are told apart by their day, in whatever form, so only the other numbers can be compared as digits.
-    for split, found in digits.items():
-        assert len(found) > 300
-        for other in set(SPLITS) - {split}:
-            plain = {text for text in found & digits[other] if number_split(text) not in (split, other)}
-            assert not plain
+    sources = {split: values.Source(split, random.Random(0)) for split in SPLITS}
+    numbers = {a.value for a in tables.attributes() if a.value.split()[0] not in ("pool", "name", "company", "place")}
+    for value in numbers | {"int 10 99", "year 1800 2000", "name"}:
+        drawn = [{source.value(value) for _ in range(40)} for source in sources.values()]
+        assert all(drawn) and sum(map(len, drawn)) == len(set.union(*drawn)), value
 
 
 def test_numbers_passages_and_authors_do_not_depend_on_how_they_are_written():
@@ -404,7 +392,7 @@ def write_qa(path):
         for q, a in ((f"Who was the miller of town {i}?", f"Bran{i}"), ("What did he sell?", "oats")):
             prompt = f'Question: "{q}"\n\nContext: "{passage}"\n\nAnswer:'
             lines.append({"source": "adversarial_qa", "template": "x", "prompt": prompt, "completion": a})
-    plot = "Question: Who dies?\nMovie plot title: Night {}\nMovie plot: Somebody walks home through the rain, and sings."
+    plot = "Question: Who dies?\nMovie plot title: Night {}\nMovie plot: " + "A man walks home in the rain. " * 3
     for i in range(30):
         prompt = f'Please answer. If it\'s un-answerable, please output "No answer".\n\n{plot.format(i)}'
         lines.append({"source": "duorc", "template": "y", "prompt": prompt, "completion": "No answer"})
@@ -431,7 +419,7 @@ def test_passages_are_taken_apart_and_split_by_passage(tmp_path, builder):
 
 
 def test_books_are_split_by_author_and_files_by_name(tmp_path, tokenizer):
-    authors = [f"Ann Writer{i}" for i in range(60)]
+    authors = [f"Ann {a}{b}" for a in tables.words()["placestem"]["train"] for b in ("by", "ton")][:60]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         for i in range(120):
             file.write(json.dumps({"id": f"b{i}", "text": f"Book {i} by {authors[i % 60]}. It ends.\r\n"}) + "\n")
@@ -467,7 +455,8 @@ def test_shards_and_commands(tmp_path, tokenizer, capsys):
     with gzip.open(tmp_path / "books" / "a.jsonl.gz", "wt") as file:
         for i in range(80):
             file.write(json.dumps({"id": f"b{i}", "text": make_document(i, 3000).text}) + "\n")
-    index = "id\tauthor\n" + "".join(f"b{i}\tWriter{i}\n" for i in range(80))
+    writers = [a + b for a in tables.words()["placestem"]["train"] for b in ("by", "ton")]
+    index = "id\tauthor\n" + "".join(f"b{i}\t{writers[i]}\n" for i in range(80))
     (tmp_path / "books" / "index.tsv").write_text(index)
     write_babi(tmp_path / "babi")
     write_qa(tmp_path / "qa.jsonl.gz")
@@ -493,7 +482,7 @@ def test_shards_and_commands(tmp_path, tokenizer, capsys):
         assert (roles[turns[turn][0]][start:end] == HIDDEN).all()
     counts = json.loads((tmp_path / "rows" / "mixture-train-600.json").read_text())
     assert counts["rows"].keys() == recipe["families"].keys() and sum(counts["rows"].values()) == 100
-    prepare.main(["show", *common, *options, "--count", "1"])
+    prepare.main(["show", *common, *options, "--count", "6"])
     assert "<|im_start|>" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         prepare.main(["show", *common, "--streams", streams, "--recipe", str(tmp_path / "recipe.json")])
