@@ -22,6 +22,7 @@ from .values import Source
 
 OPEN, CLOSE = "\x02", "\x03"  # around what an answer is about, until `parts` takes them out
 SPECIFIC = 0.6  # share of the statements and questions in a wording of their attribute's own
+FRAMED = 0.2  # share of the questions with something said before or after them
 PLAIN = 0.5  # share of the sentences that stand in a text as they are
 # Kinds of question and how often they are asked.
 QUESTIONS = {
@@ -205,6 +206,8 @@ class World:
             )
             if key not in self._asked and not leaked:
                 self._asked.add(key)
+                if self.rng.random() < FRAMED:
+                    question.text = self.rng.choice(wordings("asked", self.split)).format(q=question.text)
                 return question
         return None
 

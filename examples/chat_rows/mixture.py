@@ -27,18 +27,21 @@ from .stories import TASKS, Story, read_stories, story_plan
 RECIPE = {
     "families": {
         "facts": 0.30,
-        "facts in code": 0.05,
+        "facts in code": 0.04,
+        "facts in reference": 0.04,
         "documents": 0.20,
         "qa": 0.08,
         "stories": 0.12,
         "ruler": 0.12,
         "text": 0.10,
-        "code": 0.03,
+        "code": 0.02,
+        "reference": 0.02,
         "chat": 0.0,
     },
     # Questions of a row, by its length; of a length that is not listed, those of the next smaller one.
     "questions": {"256": 2, "512": 4, "1024": 8, "2048": 12, "4096": 16},
 }
+PLAIN = {"text": "books", "code": "code", "reference": "reference"}  # families of text alone, and their haystacks
 PLANS_AT_ONCE = 64
 STORY_TOKENS = 0.6  # share of a row that stories may take
 
@@ -48,7 +51,6 @@ class Materials:
     """
     What rows are made of, all of one split.
 
-    haystacks      "books", and maybe "code"
     passages       with questions
     stories        of bAbI, by task
     conversations  [(question, answer), ...] each, of the model that is converted
@@ -74,7 +76,8 @@ class Materials:
         Reads the materials of a split.
 
         Args:
-            streams: folder with books-SPLIT.npy and maybe code-SPLIT.npy (`haystack.save_stream`).
+            streams: folder with books-SPLIT.npy and maybe code-SPLIT.npy and reference-SPLIT.npy
+                (`haystack.save_stream`).
             qa: file of `qa.read_passages`.
             babi: folder of `stories.read_stories`.
             chats: JSON lines with "prompt" and "answer", or "messages" of user and assistant in turn.
@@ -83,8 +86,9 @@ class Materials:
         """
         folder = Path(streams)
         haystacks = {"books": Haystack(folder / f"books-{check_split(split)}.npy", tokenizer)}
-        if (code := folder / f"code-{split}.npy").exists():
-            haystacks["code"] = Haystack(code, tokenizer, code=True)
+        for name in ("code", "reference"):
+            if (stream := folder / f"{name}-{split}.npy").exists():
+                haystacks[name] = Haystack(stream, tokenizer, code=name == "code")
         stories = {task: read_stories(babi, task, split) for task in TASKS} if babi else {}
         passages = read_passages(qa, split) if qa else ()
         return cls(RowBuilder(tokenizer, haystacks), split, passages, stories, read_chats(chats) if chats else [])
@@ -93,7 +97,8 @@ class Materials:
         """The families there is nothing for."""
         found = {"qa": self.passages, "stories": self.stories, "chat": self.conversations}
         missing = {name for name, material in found.items() if not material}
-        return missing | ({"code", "facts in code"} if "code" not in self.builder.haystacks else set())
+        absent = {"code", "reference"} - self.builder.haystacks.keys()
+        return missing | absent | {f"facts in {name}" for name in absent}
 
 
 def read_chats(path: str | Path) -> list[list[tuple[str, str]]]:
@@ -114,8 +119,8 @@ def read_chats(path: str | Path) -> list[list[tuple[str, str]]]:
 def make_plan(family: str, materials: Materials, questions: int, length: int, rng: random.Random) -> Plan:
     """A plan of a family that asks questions."""
     split = materials.split
-    if family in ("facts", "facts in code"):
-        plan = facts_plan(rng, questions, "code" if family == "facts in code" else "books", split)
+    if family.startswith("facts"):
+        plan = facts_plan(rng, questions, family.removeprefix("facts").removeprefix(" in ") or "books", split)
     elif family == "documents":
         plan = document_plan(rng, questions, length, split=split)
     elif family == "qa":
@@ -130,8 +135,6 @@ def make_plan(family: str, materials: Materials, questions: int, length: int, rn
         plan = ruler_plan(rng, questions, length, split)
     else:
         raise ValueError(f"There is no family {family!r}: take some of {', '.join(RECIPE['families'])}.")
-    if family != plan.family and family not in ("facts in code", "documents", "ruler"):
-        plan.family = family
     return plan
 
 
@@ -159,11 +162,11 @@ def rows(materials: Materials, recipe: dict, length: int, seed: int) -> Iterator
         drawn = rng.choices(list(shares), list(shares.values()), k=PLANS_AT_ONCE)
         made: list[Row] = []
         for family in drawn:
-            if family in ("text", "code"):
-                made.append(builder.text_row("books" if family == "text" else "code", length, rng))
+            if family in PLAIN:
+                made.append(builder.text_row(PLAIN[family], length, rng))
             elif family == "chat":
                 made.append(builder.chat_row(materials.conversations, length, rng))
-        asked = [family for family in drawn if family not in ("text", "code", "chat")]
+        asked = [family for family in drawn if family not in PLAIN and family != "chat"]
         plans = [make_plan(family, materials, questions, length, rng) for family in asked]
         made += builder.build([plan for plan in plans if plan.turns], length, rng)
         rng.shuffle(made)

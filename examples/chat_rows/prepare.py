@@ -2,7 +2,7 @@
 Prepares texts and writes training rows.
 
     python -m chat_rows.prepare streams --tokenizer DIR --books ../shared/data/books ../shared/data/more_books \\
-        --code "/usr/lib/python3/**/*.py" --output out/streams
+        --code "/usr/lib/python3/**/*.py" --reference "/usr/share/doc/**/*.txt" --output out/streams
     python -m chat_rows.prepare rows --tokenizer DIR --streams out/streams --qa ../shared/data/qa/train.jsonl.gz \\
         --babi ../shared/data/babi --length 1024 --tokens 20000000 --workers 2 --output out/rows
     python -m chat_rows.prepare show --tokenizer DIR --streams out/streams --length 1024
@@ -109,7 +109,8 @@ def main(words: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     streams = commands.add_parser("streams", help="tokenise books and source code")
     streams.add_argument("--books", nargs="+", required=True, help="folders with *.jsonl.gz and index.tsv")
-    streams.add_argument("--code", nargs="*", default=[], help='files of code or documentation, "*" and "**" allowed')
+    streams.add_argument("--code", nargs="*", default=[], help='files of code, "*" and "**" allowed')
+    streams.add_argument("--reference", nargs="*", default=[], help="files of documentation, likewise")
     streams.set_defaults(run=make_streams)
     for name, run, text in (("rows", make_rows, "write training rows"), ("show", show, "print rows")):
         command = commands.add_parser(name, help=text)

@@ -46,8 +46,8 @@ class Source:
         numbered = any(re.fullmatch(r"d\d|A", part) for part in parts[1::2])
         for _ in range(TRIES):
             drawn = [self._part(part) if i % 2 else part for i, part in enumerate(parts)]
-            name = "".join(drawn)
-            if not numbered or number_split(name) == self.split:
+            name, words = "".join(drawn), [word for word in drawn[1::2] if len(word) > 1]
+            if len(set(words)) == len(words) and (not numbered or number_split(name) == self.split):
                 return name
         raise ValueError(f"No name by {pattern!r} is in the split {self.split!r}.")
 
@@ -59,6 +59,8 @@ class Source:
             return str(self.rng.randrange(10 ** (digits - 1), 10**digits))
         if part in ("Noun", "Adj"):
             return self.word(part.lower()).capitalize()
+        if part == "Nouns":
+            return _plural(self.word("noun").capitalize())
         return self._place() if part == "place" else self.word(part)
 
     def _kept(self, draw) -> str:
@@ -165,6 +167,12 @@ class Source:
         noun, adjective = self.word("noun").capitalize(), self.word("adj").capitalize()
         return self.rng.choice((f"The {adjective} {noun}", f"{noun} and {adjective} Days", f"Under the {noun}"))
 
+    def _task(self) -> str:
+        return f"to {self.word('verb')} {self.word('object')}"
+
+    def _complaint(self) -> str:
+        return f"that {self.word('object')} {self.word('trouble')}"
+
     def _topic(self) -> str:
         return self.word("topic")
 
@@ -215,6 +223,12 @@ class Source:
 
     def _score(self) -> str:
         return self._kept(lambda: f"{self.rng.randrange(100)}-{self.rng.randrange(100)}")
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeou" else noun + "s"
 
 
 @cache

@@ -301,7 +301,7 @@ def test_hidden_things_are_everywhere_and_keep_their_order(builder):
     assert (histogram > 0.1 * len(places)).all()
 
 
-@pytest.mark.parametrize("family", ["facts", "facts in code", "documents", "ruler"])
+@pytest.mark.parametrize("family", ["facts", "facts in code", "code", "documents", "ruler"])
 @pytest.mark.parametrize("length", [512, 1500])
 def test_rows_of_all_families(builder, family, length):
     materials = mixture.Materials(builder, "train")
