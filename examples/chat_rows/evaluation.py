@@ -54,6 +54,7 @@ class Sample:
     tokens      the same in the chat template, with the beginning of the answer [L]
     expected    strings that a right answer contains (facts), or right answers (qa); none if the text has no answer
     metric      "contains", "f1" or "refusal"
+    kind        of `KINDS`; for passages with their source, like "qa quoref"
     evidence    (first token, end) of what the answer follows from
     """
 
@@ -110,20 +111,22 @@ def make_questions(
     kind: str,
     tokenizer,
     haystack: Haystack,
-    length_tokens: int,
+    length_tokens: int | None,
     count: int,
     split: str = "test",
     seed: int = 0,
     passages: tuple[Passage, ...] = (),
 ) -> Iterator[Sample]:
     """
-    `count` questions of a kind in `KINDS`, each about a text of its own, of `length_tokens` tokens with the question.
+    `count` questions of a kind in `KINDS`, each about a text of its own.
 
     Args:
+        length_tokens: of the text with the question and room for the right answer; None: only what would be hidden in
+            a longer text, like the passage alone.
         haystack: of books of the same split.
         passages: of the same split, for "qa".
 
-    Raises: ValueError if there is no such kind or split, or no passages for "qa".
+    Raises: ValueError if there is no such kind or split, no passages for "qa", or `length_tokens` is too small.
     """
     if kind not in KINDS:
         raise ValueError(f"There is no kind of questions {kind!r}: take one of {', '.join(KINDS)}.")
@@ -134,23 +137,26 @@ def make_questions(
     while made < count:
         rng = random.Random(f"{kind} {check_split(split)} {length_tokens} {seed} {number}")
         number += 1
+        if number > 100 * (made + 1):
+            raise ValueError(f"Hardly any question of kind {kind!r} fits into {length_tokens} tokens: take more.")
         if kind == "qa":
-            plan, question, expected, metric = _passage(rng, passages, number)
+            plan, question, expected, metric = _passage(passages, number)
         else:
             plan, question, expected, metric = _fact(rng, kind, split, length_tokens)
         if plan is None:
             continue
-        sample = _sample(builder, plan, length_tokens, rng, question, expected, metric, kind)
+        name = f"qa {plan.turns[0].kind}" if kind == "qa" else kind
+        sample = _sample(builder, plan, length_tokens, rng, question, expected, metric, name)
         if sample is not None:
             made += 1
             yield sample
 
 
-def _fact(rng: random.Random, kind: str, split: str, length: int):
+def _fact(rng: random.Random, kind: str, split: str, length: int | None):
     kinds, wordings = (split if of == "own" else of for of in KINDS[kind])
     world = World(split, rng, kinds, wordings)
     if kind == "documents":
-        blocks = [make_document(rng.choice(list(DOCUMENTS)), world, min(length // 2, 1500))]
+        blocks = [make_document(rng.choice(list(DOCUMENTS)), world, min((length or 1500) // 2, 1500))]
     else:
         while len(world.facts) < HIDDEN_FACTS:
             world.add()
@@ -166,9 +172,10 @@ def _fact(rng: random.Random, kind: str, split: str, length: int):
     return Plan(kind, blocks, [turn]), question.text, question.expected, metric
 
 
-def _passage(rng: random.Random, passages: tuple[Passage, ...], number: int):
-    """The questions in turn, each about its passage at a random place of the text."""
+def _passage(passages: tuple[Passage, ...], number: int):
+    """The questions in turn, in an order that is always the same, each with its passage."""
     asked = [(p, q, a) for p in passages for q, a in p.questions if a]
+    random.Random("qa").shuffle(asked)
     passage, question, answer = asked[number % len(asked)]
     head = f"{passage.title}\n" if passage.title else ""
     block = [("\n\n" + head + s if i == 0 else s, [i]) for i, s in enumerate(passage.sentences)]
@@ -177,7 +184,9 @@ def _passage(rng: random.Random, passages: tuple[Passage, ...], number: int):
     return Plan("qa", [block], [turn], hint="Answer in a few words."), text, [answer], "f1"
 
 
-def _sample(builder: RowBuilder, plan: Plan, length: int, rng, question, expected, metric, kind) -> Sample | None:
+def _sample(
+    builder: RowBuilder, plan: Plan, length: int | None, rng, question, expected, metric, kind
+) -> Sample | None:
     if not (rows := builder.build([plan], length, rng)):
         return None
     row = rows[0]

@@ -2,7 +2,7 @@
 
 import random
 
-from .documents import CHARACTERS, DOCUMENTS, make_document
+from .documents import DOCUMENTS, make_document
 from .facts import QUESTIONS, World
 from .rows import Plan, Turn
 from .tables import wordings
@@ -63,7 +63,7 @@ def document_plan(
 ) -> Plan:
     """One or more made-up documents, with questions about any of their facts, and books around them."""
     world, short = World(split, rng), rng.random() < SHORT_ANSWERS
-    room = int((length - questions * QUESTION_TOKENS) * rng.uniform(0.4, 0.95) * CHARACTERS / 3.6)
+    room = int((length - questions * QUESTION_TOKENS) * rng.uniform(0.35, 0.85))
     chosen = [rng.choice(kinds or list(DOCUMENTS)) for _ in range(1 if room < 1200 else rng.randrange(1, 5))]
     blocks = []
     for kind in chosen:

@@ -98,8 +98,11 @@ class RowBuilder:
 
     # -- rows of plans --
 
-    def build(self, plans: Sequence[Plan], length: int, rng: random.Random) -> list[Row]:
-        """Rows of `length` tokens. A plan that does not fit loses questions; if that is not enough, it is left out."""
+    def build(self, plans: Sequence[Plan], length: int | None, rng: random.Random) -> list[Row]:
+        """
+        Rows of `length` tokens; None: without any haystack. A plan that does not fit loses questions; if that is not
+        enough, it is left out.
+        """
         texts, answers = [], []
         for plan in plans:
             texts += [text for block in plan.blocks for text, _ in block]
@@ -116,27 +119,26 @@ class RowBuilder:
             rows += [row] if row is not None else []
         return rows
 
-    def _assemble(self, plan: Plan, length: int, rng, ids: dict[str, np.ndarray], answers: list) -> Row | None:
-        writer = _Writer(length)
-        turns = [
-            (turn, ids[_first_question(plan, i, turn)], answer)
-            for i, (turn, answer) in enumerate(zip(plan.turns, answers))
-        ]
+    def _assemble(self, plan: Plan, length: int | None, rng, ids: dict[str, np.ndarray], answers: list) -> Row | None:
+        turns = list(zip(plan.turns, answers))
+        turns = [(turn, ids[_first_question(plan, i, turn)], answer) for i, (turn, answer) in enumerate(turns)]
         blocks = [[(ids[text], keys) for text, keys in block] for block in plan.blocks]
         # A document is followed by a blank line before the haystack goes on.
         blank = [bool(block) and block[0][0].startswith("\n") for block in plan.blocks]
         intro = ids[plan.intro + "\n\n"] if plan.intro else self.blank[:0]
-        room = length - len(self.chat.start) - len(intro) - sum(len(t) for block in blocks for t, _ in block)
-        room -= sum(blank) * len(self.blank) + len(self.chat.finish) - len(self.chat.next)
+        needed = len(self.chat.start) + len(intro) + sum(len(t) for block in blocks for t, _ in block)
+        needed += sum(blank) * len(self.blank) + len(self.chat.finish) - len(self.chat.next)
         between = len(self.chat.reply) + len(self.chat.end) + len(self.chat.next)
         sizes = [len(question) + len(answer.ids) + between for _, question, answer in turns]
-        while len(turns) > 1 and sum(sizes) > room:
+        length = length or needed + sum(sizes)
+        while len(turns) > 1 and needed + sum(sizes) > length:
             turns.pop()
             sizes.pop()
-        room -= sum(sizes)
+        room = length - needed - sum(sizes)
         if room < 0 or not turns:
             return None
 
+        writer = _Writer(length)
         writer.add(self.chat.start, IGNORED)
         writer.add(intro, IGNORED)
         self._document(writer, plan, blocks, blank, room, rng)
