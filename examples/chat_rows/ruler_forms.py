@@ -27,6 +27,7 @@ SECRETS = (
     ("winning ticket", "winning tickets"),
     ("reference", "references"),
 )
+UNFIT = {"lucky number": 1, "hidden word": 0}  # forms of value (`_value`) that are no such thing
 NEEDLES = (
     "One of the {many} of {key} is {value}.",
     "{key} has the {one} {value}.",
@@ -119,8 +120,10 @@ def _of_split(source: Source, draw) -> str:
 
 
 def _needles(source: Source, kind: str, questions: int, length: int) -> Plan:
-    rng, (one, many) = source.rng, source.rng.choice(SECRETS)
+    rng = source.rng
     wording, key_form, value_form = rng.choice(NEEDLES), rng.choice((0, 0, 1, 2, 3)), rng.choice((0, 0, 1, 2))
+    fitting = [pair for pair in SECRETS if UNFIT.get(pair[0]) != value_form]
+    one, many = rng.choice(fitting)
     if value_form == 2:
         questions = min(questions, 5)
     values = rng.choice((1, 1, 2, 3, 4))
