@@ -118,8 +118,8 @@ def update(folder: Path) -> None:
             dataset_id=BABILONG,
             task_id=row["task"],
             value=round(100 * row["accuracy"], 1),
-            notes=f"{short(row['length'])} tokens; {row['samples']} stories hidden in books by `evaluate.py babilong`, "
-            f"after {shots} solved examples: not the benchmark's own files and prompts",
+            notes=f"{short(row['length'])} tokens; {row['samples']} stories hidden in books by `evaluate.py babilong`,"
+            f" after {shots} solved examples: not the benchmark's own files and prompts",
         )
         for row in content["rows"]
         if row["length"] == BABILONG_LENGTH
