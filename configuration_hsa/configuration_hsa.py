@@ -12,6 +12,7 @@ from typing import Any, ClassVar  # noqa: E402
 
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: E402
 
 
 # The kinds of decoder layers. Window and full attention rotate by the same `rope_parameters`.
@@ -373,7 +374,8 @@ class HSAConfig(PreTrainedConfig):
         model. (A subclass of HSAConfig may have a model type of its own, of which Transformers warns.)
         """
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type and "chunk_topk" not in config_dict:
+        is_of_a_subclass = "chunk_topk" in config_dict and model_type not in CONFIG_MAPPING_NAMES
+        if model_type != cls.model_type and not is_of_a_subclass:
             raise ValueError(
                 f"The configuration is of model type {model_type!r}, not {cls.model_type!r}. Load it with "
                 "`AutoConfig`."

@@ -1,4 +1,4 @@
-"""examples/chat_rows: disjoint splits, right answers, and rows whose tokens, roles and evidence are what they say."""
+"""Chat rows: disjoint splits, right answers, and rows whose tokens, roles and evidence are what they say."""
 
 import collections
 import gzip
@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import pytest
-from examples.synthetic_text import make_document
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +26,7 @@ from hsa_lab.chat_rows.rows import (
 )
 from hsa_lab.chat_rows.ruler_forms import KINDS, ruler_plan
 from hsa_lab.chat_rows.splits import SPLITS, author_split, number_split, passage_split, split_of
+from hsa_lab.tasks.chronicles import make_document
 
 
 CHAT_TEMPLATE = (

@@ -231,7 +231,13 @@ def test_bundle_imports_nothing_but_its_own_files_and_libraries(folder):
     bundle = bundle_files(folder)
     names = {
         file: {node.name for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-        | {target.id for node in ast.parse(code).body if isinstance(node, ast.Assign) for target in node.targets}
+        | {
+            target.id
+            for node in ast.parse(code).body
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
+        }
         | {
             a.asname or a.name
             for node in ast.walk(ast.parse(code))

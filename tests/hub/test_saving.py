@@ -237,9 +237,9 @@ def test_entries_of_other_repositories(tmp_path):
 
 
 def test_a_file_of_the_name_of_ours_is_refused(user_module, tmp_path):
-    cls = user_module("hsa_cache", MY_MODEL).MyHSA
+    cls = user_module("hsa_layers", MY_MODEL).MyHSA
     cls.register_for_auto_class("AutoModelForCausalLM")
-    with pytest.raises(ValueError, match="hsa_cache.MyHSA` cannot be saved: hsa_cache.py is the name of a file"):
+    with pytest.raises(ValueError, match="hsa_layers.MyHSA` cannot be saved: hsa_layers.py is the name of a file"):
         cls(tiny_config()).save_pretrained(tmp_path / "saved")
 
 

@@ -68,6 +68,12 @@ SIGNATURES = [
                 "block_sequence_ids kwargs",
     }),
     (PreTrainedModel, "_init_weights", {"5.17": "self module"}),
+    (PreTrainedModel, "_set_gradient_checkpointing", {
+        "5.17": "self enable gradient_checkpointing_func every_n_layers",
+    }),
+    (PreTrainedModel, "maybe_distribute_model", {
+        "5.17": "model distributed_config device_mesh", "5.24": "model distributed_config mesh_manager",
+    }),
     (PreTrainedModel, "_upload_modified_files", {
         "5.17": "self working_dir repo_id files_timestamps commit_message token create_pr revision "
                 "commit_description",
@@ -83,13 +89,12 @@ ATTRIBUTES = [
     (PreTrainedModel, "_can_record_outputs"),
     (PreTrainedModel, "_no_split_modules"),
     (PreTrainedModel, "_skip_keys_device_placement"),
-    (PreTrainedModel, "_supports_attention_backend"),
     (PreTrainedModel, "_supports_flash_attn"),
     (PreTrainedModel, "_supports_flex_attn"),
     (PreTrainedModel, "_supports_sdpa"),
     (PreTrainedModel, "_tied_weights_keys"),
+    (PreTrainedModel, "_fsdp_plan"),
     (PreTrainedModel, "_tp_plan"),
-    (GradientCheckpointingLayer, "_can_checkpoint_with_cache"),
     (GradientCheckpointingLayer, "gradient_checkpointing"),
     (generation_utils, "ALL_CACHE_NAMES"),
 ]
@@ -98,7 +103,9 @@ ATTRIBUTES = [
 MASK_LENGTH = "_mask_length"
 
 # Private parts of PyTorch, which has a range of its own.
-OF_PYTORCH = {"_assert_async", "_dynamo"}
+OF_PYTORCH = {
+    "_are_functorch_transforms_active", "_assert_async", "_current_level", "_dynamo", "_functorch", "_parameters",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("owner", "name", "recorded"), SIGNATURES, ids=[name for _, name, _ in SIGNATURES])

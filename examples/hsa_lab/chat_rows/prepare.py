@@ -1,14 +1,12 @@
 """
 Prepares texts and writes training rows.
 
-    python -m hsa_lab.chat_rows.prepare streams --tokenizer DIR --books ../shared/data/books ../shared/data/more_books \\
-        --code "/usr/lib/python3/**/*.py" --reference "/usr/share/doc/**/*.txt" --output out/streams
-    python -m hsa_lab.chat_rows.prepare rows --tokenizer DIR --streams out/streams --qa ../shared/data/qa/train.jsonl.gz \\
-        --babi ../shared/data/babi --length 1024 --tokens 20000000 --workers 2 --output out/rows
+    python -m hsa_lab.chat_rows.prepare streams --tokenizer DIR --output out/streams \\
+        --books ../shared/data/books ../shared/data/more_books \\
+        --code "/usr/lib/python3/**/*.py" --reference "/usr/share/doc/**/*.txt"
+    python -m hsa_lab.chat_rows.prepare rows --tokenizer DIR --streams out/streams --output out/rows \\
+        --qa ../shared/data/qa/train.jsonl.gz --babi ../shared/data/babi --length 1024 --tokens 20000000 --workers 2
     python -m hsa_lab.chat_rows.prepare show --tokenizer DIR --streams out/streams --length 1024
-
-To be run in the folder `examples`. `streams` makes one stream of tokens a split of each kind of text; `rows` writes
-shards of rows (see `rows.save_rows`) and mixture.json, which counts what is in them; `show` prints some rows to read.
 """
 
 import argparse
