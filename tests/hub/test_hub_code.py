@@ -241,7 +241,7 @@ def test_bundle_imports_nothing_but_its_own_files_and_libraries(folder):
         | {
             a.asname or a.name
             for node in ast.walk(ast.parse(code))
-            if isinstance(node, ast.Import)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
             for a in node.names
         }
         for file, code in bundle.items()
