@@ -11,7 +11,6 @@ Where nothing stands out, the answer is a guess.
 """
 
 import argparse
-import copy
 import sys
 import time
 from pathlib import Path
@@ -79,7 +78,7 @@ def ask(reader: Reader, tokenizer, document: torch.Tensor, cache, question: str,
     tokens, recorder = reader.generate(
         torch.cat([document, ids], dim=1),
         most,
-        cache=copy.deepcopy(cache),
+        cache=cache.fork(),
         tokenizer=tokenizer,
         stop_strings=[".", "\n"],
     )
