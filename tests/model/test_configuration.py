@@ -47,7 +47,7 @@ def kinds(field: str) -> set:
 def wrong_values():
     for field in FIELDS:
         optional = type(None) in kinds(field)
-        for kind in kinds(field) - {type(None)}:
+        for kind in sorted(kinds(field) - {type(None)}, key=str):
             yield from ((field, value) for value in WRONG[kind])
         if not optional:
             yield field, None

@@ -22,7 +22,7 @@ from modeling_hsa import (
     HSAForTokenClassification,
     HSAModel,
 )
-from modeling_hsa.layers import HSARotaryEmbedding
+from modeling_hsa.modules import HSARotaryEmbedding
 from tests.transformers_common.fetch import fetched_folder, is_fetched
 
 

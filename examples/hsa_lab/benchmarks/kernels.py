@@ -20,6 +20,7 @@ import random
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,11 +244,11 @@ def _flex(window: int, queries: int, keys: int, device: str):
 
 def window_implementations(timer: Timer, queries: int, past: int, shape: tuple) -> dict:
     """By name what makes the function of q, k and v [1, H, tokens, D], `past` keys being of earlier calls."""
-    layout = build_layout(1, queries, torch.device(timer.device), CHUNK_SIZE, None, None)
+    layout = build_layout(1, queries, torch.device(timer.device), chunk_size=CHUNK_SIZE)
     position = torch.arange(past, past + queries, device=timer.device)[None]
-    layout = layout._replace(position=position, past=past, shared={})
+    layout = replace(layout, position=position, past=past, shared={})
     # As rows of different lengths have it: one token of rows of the same length needs no mask.
-    masked = layout._replace(past=None, shared={}) if queries == 1 else layout
+    masked = replace(layout, past=None, shared={}) if queries == 1 else layout
     functions = {
         "sdpa, blocks": lambda: _window("sdpa", False, masked, *shape),
         "sdpa": lambda: _window("sdpa", True, layout, *shape),
