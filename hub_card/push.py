@@ -27,8 +27,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples"), str(REPOSITORY / "hub_card")]
 
 from build import MODELS, build, names  # noqa: E402
-from evaluation import short  # noqa: E402
-from plot_retrieval import read_rows  # noqa: E402
+
+from hsa_lab.results import read_rows, short  # noqa: E402
 
 
 BABILONG, BABILONG_LENGTH = "RMT-team/babilong", 4096
@@ -118,8 +118,8 @@ def update(folder: Path) -> None:
             dataset_id=BABILONG,
             task_id=row["task"],
             value=round(100 * row["accuracy"], 1),
-            notes=f"{short(row['length'])} tokens; {row['samples']} stories hidden in books by `eval_babilong.py`, "
-            f"after {shots} solved examples: not the benchmark's own files and prompts",
+            notes=f"{short(row['length'])} tokens; {row['samples']} stories hidden in books by `evaluate.py babilong`,"
+            f" after {shots} solved examples: not the benchmark's own files and prompts",
         )
         for row in content["rows"]
         if row["length"] == BABILONG_LENGTH
@@ -132,8 +132,9 @@ def update(folder: Path) -> None:
 def plot(folder: Path) -> None:
     results = folder / "results"
     files = map(str, sorted(results.glob("paper_*.json")))
-    script = REPOSITORY / "examples" / "plot_retrieval.py"
-    subprocess.run([sys.executable, script, "--results", folder.name, *files, "--output", results], check=True)
+    script = REPOSITORY / "examples" / "plot.py"
+    command = [sys.executable, script, "retrieval", "--results", folder.name, *files, "--output", results]
+    subprocess.run(command, check=True)
 
 
 def stale(folder: Path) -> list[str]:

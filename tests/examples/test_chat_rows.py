@@ -7,12 +7,13 @@ import random
 
 import numpy as np
 import pytest
+from examples.synthetic_text import make_document
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from examples.chat_rows import documents, evaluation, facts, families, mixture, prepare, qa, stories, tables, values
-from examples.chat_rows.haystack import Haystack, read_books, read_files, save_stream
-from examples.chat_rows.rows import (
+from hsa_lab.chat_rows import documents, evaluation, facts, families, mixture, prepare, qa, stories, tables, values
+from hsa_lab.chat_rows.haystack import Haystack, read_books, read_files, save_stream
+from hsa_lab.chat_rows.rows import (
     ANSWER,
     HIDDEN,
     IGNORED,
@@ -24,9 +25,8 @@ from examples.chat_rows.rows import (
     evidence_chunks,
     save_rows,
 )
-from examples.chat_rows.ruler_forms import KINDS, ruler_plan
-from examples.chat_rows.splits import SPLITS, author_split, number_split, passage_split, split_of
-from examples.synthetic_text import make_document
+from hsa_lab.chat_rows.ruler_forms import KINDS, ruler_plan
+from hsa_lab.chat_rows.splits import SPLITS, author_split, number_split, passage_split, split_of
 
 
 CHAT_TEMPLATE = (

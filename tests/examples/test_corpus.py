@@ -1,10 +1,8 @@
-"""examples/prepare_corpus.py: the streams of tokens are the text, whatever its kind of file and its line ends."""
+"""`prepare.py corpus`: the streams of tokens are the text, whatever its kind of file and its line ends."""
 
 import gzip
-import importlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from examples import prepare_corpus
-from examples.synthetic_text import make_documents
-from tests.commands import REPOSITORY, run_example
+from hsa_lab import corpus
+from hsa_lab.tasks.chronicles import make_documents
+from tests.commands import run_example
 
 
 TEXTS = [document.text for document in make_documents(3, 2500, 6, 2, questions=True)]
@@ -24,7 +22,7 @@ TEXTS[2] = "x" * 3000 + "\n\n\n" + "No line end"
 
 
 # Has tokens of several whitespace characters, and of whitespace before words.
-WORDS = prepare_corpus.train_tokenizer([{"text": "a \n\n\n a\r\n\r\n\t\t a's  é. é.\n\n1 \n \n1 \n"}] * 9, 320)
+WORDS = corpus.train_tokenizer([{"text": "a \n\n\n a\r\n\r\n\t\t a's  é. é.\n\n1 \n \n1 \n"}] * 9, 320)
 
 
 def write_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -43,8 +41,8 @@ def test_streams_decode_to_the_text(tmp_path):
     train, validation = write_files(tmp_path)
     output = tmp_path / "corpus"
     run = run_example(
-        "prepare_corpus.py", tmp_path, "--train_files", *train, "--validation_files", *validation,
-        output_dir=output, vocab_size=400,
+        "prepare.py", tmp_path, "corpus", "--train_files", *train, "--validation_files", *validation, output=output,
+        vocab_size=400,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(output)
     index = json.loads((output / "index.json").read_text(encoding="utf-8"))
@@ -66,43 +64,40 @@ def test_streams_decode_to_the_text(tmp_path):
 
 
 def test_tokens_are_those_of_the_whole_document_however_it_is_cut():
-    tokenizer = prepare_corpus.train_tokenizer([{"text": text} for text in TEXTS], 400)
+    tokenizer = corpus.train_tokenizer([{"text": text} for text in TEXTS], 400)
     for text in TEXTS:
-        pieces = list(prepare_corpus.cut_document(io.StringIO(text), size=40))
+        pieces = list(corpus.cut_document(io.StringIO(text), size=40))
         assert "".join(pieces) == text
         assert [token for piece in pieces for token in tokenizer(piece)["input_ids"]] == tokenizer(text)["input_ids"]
-    assert len(list(prepare_corpus.cut_document(io.StringIO(TEXTS[0]), size=40))) > 5
-    assert list(prepare_corpus.cut_document(io.StringIO(""))) == []
+    assert len(list(corpus.cut_document(io.StringIO(TEXTS[0]), size=40))) > 5
+    assert list(corpus.cut_document(io.StringIO(""))) == []
 
 
 @settings(max_examples=300)
 @given(st.text("a' \t\n\r1é.\u00a0", max_size=30))
 def test_pieces_of_any_text(text):
     """Line ends beside all kinds of characters that the pre-tokenizer tells apart."""
-    pieces = list(prepare_corpus.cut_document(io.StringIO(text, newline="\n"), size=1))
+    pieces = list(corpus.cut_document(io.StringIO(text, newline="\n"), size=1))
     assert "".join(pieces) == text
     assert [token for piece in pieces for token in WORDS(piece)["input_ids"]] == WORDS(text)["input_ids"]
 
 
 def test_digits_are_single():
-    tokenizer = prepare_corpus.train_tokenizer([{"text": "1984 1984 1984 in 1984\n" * 100}], 300)
+    tokenizer = corpus.train_tokenizer([{"text": "1984 1984 1984 in 1984\n" * 100}], 300)
     tokens = tokenizer(" In 1984, 66 years")["input_ids"]
     assert [token for token in map(tokenizer.decode, tokens) if any(map(str.isdigit, token))] == list("198466")
 
 
-def test_preparing_needs_no_datasets(tmp_path, monkeypatch):
+def test_preparing_needs_no_datasets(tmp_path):
     """One tokenizer code, which train.py shares; it must not bring `datasets` along."""
     hidden = "import runpy, sys; sys.modules.update(datasets=None); sys.argv.pop(0); "
+    hidden += "sys.path[0] = sys.argv[0].rpartition('/')[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8")
     run_example(
-        "prepare_corpus.py", tmp_path,
-        launcher=("-c", hidden + "runpy.run_path(sys.argv[0], run_name='__main__')"),
-        train_files=tmp_path / "a.txt", output_dir=tmp_path / "corpus", vocab_size=300,
+        "prepare.py", tmp_path, "corpus", launcher=("-c", hidden), train_files=tmp_path / "a.txt",
+        output=tmp_path / "corpus", vocab_size=300,
     )  # fmt: skip
     assert not (tmp_path / "corpus" / "validation.npy").exists()
-    monkeypatch.syspath_prepend(REPOSITORY / "examples")
-    monkeypatch.delitem(sys.modules, "train", raising=False)
-    assert importlib.import_module("train").train_tokenizer.__module__ == "prepare_corpus"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +115,4 @@ def test_unusable_arguments_are_refused(tmp_path, monkeypatch, fields, error, me
     (tmp_path / "text.txt").write_text("text", encoding="utf-8")
     (tmp_path / "body.jsonl").write_text('{"body": "text"}\n', encoding="utf-8")
     with pytest.raises(error, match=message):
-        prepare_corpus.prepare(
-            prepare_corpus.Arguments(**{"train_files": ["text.txt"], "output_dir": "corpus", **fields})
-        )
+        corpus.prepare(**{"train_files": ["text.txt"], "output": tmp_path / "corpus", **fields})

@@ -168,12 +168,12 @@ def test_long_snippet_runs_without_the_package(alone):
     assert re.fullmatch(r"10\d,\d+ tokens", count) and answer.strip() == "75738."
 
 
-# -- examples/plot_retrieval.py --
+# -- examples/plot.py retrieval --
 
 
 def test_retrieval_is_plotted(tmp_path):
     files = [str(file) for file in sorted((FOLDER / "results").glob("paper_*.json"))]
-    run_example("plot_retrieval.py", tmp_path, "--results", "HSA", *files, output=tmp_path / "plots")
+    run_example("plot.py", tmp_path, "retrieval", "--results", "HSA", *files, output=tmp_path / "plots")
     made = {file.name: file.read_bytes()[:4] for file in (tmp_path / "plots").iterdir()}
     assert made == {"accuracy.png": b"\x89PNG", "depth_s_niah.png": b"\x89PNG"}
 
@@ -189,20 +189,20 @@ def test_retrieval_is_plotted(tmp_path):
 def test_results_that_cannot_be_plotted_are_refused(tmp_path, files, message):
     words = ["--results", files[0], *(str(FOLDER / "results" / file) for file in files[1:])]
     with pytest.raises(AssertionError, match=message):
-        run_example("plot_retrieval.py", tmp_path, *words, output=tmp_path / "plots")
+        run_example("plot.py", tmp_path, "retrieval", *words, output=tmp_path / "plots")
 
 
-# -- examples/plot_training.py --
+# -- examples/plot.py training --
 
 
 def test_curves_of_runs_are_compared(tmp_path):
     logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
     logs += ["--log", "without", REPOSITORY / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
-    run = run_example("plot_training.py", tmp_path, *map(str, logs), task="far", output=tmp_path / "curves.png")
+    run = run_example("plot.py", tmp_path, "training", *map(str, logs), task="far", output=tmp_path / "curves.png")
     assert run.stdout == "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(AssertionError, match="has no task 'fra', but far, near"):
-        run_example("plot_training.py", tmp_path, *map(str, logs[3:]), task="fra", output=tmp_path / "curves.png")
+        run_example("plot.py", tmp_path, "training", *map(str, logs[3:]), task="fra", output=tmp_path / "curves.png")
 
 
 # -- examples/ask.py --
@@ -255,7 +255,7 @@ def test_ask_about_documents_of_about_a_chunk(tmp_path, sentences):
     [
         ({"question": "Why?"}, "`--question` needs `--document`"),
         ({"document": "notes.txt", "question": " "}, "a `--question` is empty"),
-        ({"facts": 0}, "`--facts` must be at least 1, got 0"),
+        ({"facts": 0}, "argument --facts: must be at least 1, got 0"),
         ({"document": "missing.txt", "question": "Why?"}, "cannot read missing.txt as UTF-8 text: .*No such file"),
         ({"document": "latin.txt", "question": "Why?"}, "cannot read latin.txt as UTF-8 text: .*can't decode"),
         ({"document": "empty.txt", "question": "Why?"}, "empty.txt holds no text"),

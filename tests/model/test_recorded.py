@@ -1,7 +1,7 @@
 """
 What version 0.1.0 computed, whose numbers agreed with the authors' code, is what this one computes: for the weights in
 `hub_card`, and for two configurations of the authors' code with made-up weights, converted by
-`examples/convert_reference_checkpoint.py`. `tests/fixtures/recorded/make.py` says how the files were made.
+`examples/convert_reference.py`. `tests/fixtures/recorded/make.py` says how the files were made.
 """
 
 import runpy
@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hsa_lab.reference import convert
 from modeling_hsa import HSAForCausalLM
 from tests.commands import REPOSITORY
 from tests.helpers import relative_error
@@ -19,7 +20,6 @@ RECORDED = REPOSITORY / "tests/fixtures/recorded"
 TOLERANCE = 3e-6  # rounding alone moves these numbers by 1e-6, against float64
 
 make = runpy.run_path(str(RECORDED / "make.py"))
-convert = runpy.run_path(str(REPOSITORY / "examples/convert_reference_checkpoint.py"))["convert"]
 
 
 def test_logits_of_the_model_in_hub_card():

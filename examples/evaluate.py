@@ -1,0 +1,39 @@
+"""
+Evaluate a causal language model, of any family, on long contexts.
+
+    python examples/evaluate.py paper --model hub_card/hsa-books-10m --haystack books/validation.jsonl.gz \\
+        --lengths 4096 16384 --seeds 0 1 2 --output out/paper
+    python examples/evaluate.py ruler --help
+
+Prompts of any length are read in segments, so that memory beyond the model's cache is that of one. Every command
+writes a file of results with hardware, versions, commit, intervals and a compact record of every sample, and a plot.
+"""
+
+from hsa_lab.commands import add_commands, make_parser, run
+from hsa_lab.evaluation import babilong, facts, perplexity
+from hsa_lab.evaluation.retrieval import Paper, Ruler
+from hsa_lab.models import load
+
+
+EVALUATIONS = {
+    "facts": (facts.Facts, facts.__doc__),
+    "paper": (Paper, Paper.__doc__),
+    "ruler": (Ruler, Ruler.__doc__),
+    "babilong": (babilong.Babilong, babilong.__doc__),
+    "ppl": (perplexity.Perplexity, perplexity.__doc__),
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    commands = add_commands(parser, {name: doc for name, (_, doc) in EVALUATIONS.items()})
+    for name, (kind, _) in EVALUATIONS.items():
+        kind.add_arguments(commands[name])
+    arguments = parser.parse_args(words)
+    kind, _ = EVALUATIONS[arguments.command]
+    kind.check(arguments)
+    kind(arguments, *load(arguments)).run()
+
+
+if __name__ == "__main__":
+    run(main)

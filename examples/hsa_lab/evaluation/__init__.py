@@ -1,0 +1,1 @@
+"""Evaluations of models on long contexts; `evaluate.py` runs them."""

@@ -1,0 +1,148 @@
+"""Retrieval from long contexts, by length: the tasks of the papers on HSA, and those of RULER."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..commands import at_least, existing_file
+from ..tasks import ruler
+from ..tasks.retrieval import RetrievalTasks, Sample
+from ..tasks.ruler import RulerTasks, string_match_all
+from ..tokens import first_ids, sample_rng
+from .harness import Evaluation, Question
+
+
+ONE_NEEDLE = ("s_niah", "niah_single_1", "niah_single_2", "niah_single_3")
+# Names and numbers of the evaluation come from other lists than those of training, which are number 0.
+POOL_SEED = 1
+
+
+class Retrieval(Evaluation):
+    """What both protocols share: needles on a grid of depths."""
+
+    lengths = (4096, 8192, 16384, 32768)
+    # A shorter haystack than the longest prompt is repeated; of a much longer one the rest is not needed.
+    haystack_tokens = 1 << 22
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument(
+            "--depths", type=at_least(0), default=0, help="depths of the grid of needles; 0: random depths"
+        )
+        parser.add_argument("--no_retrieval", action="store_true", help="leave out what HSA layers retrieved")
+
+    @classmethod
+    def check(cls, arguments: Namespace) -> None:
+        super().check(arguments)
+        if arguments.depths == 1:
+            raise ValueError("`--depths` must be 0 or at least 2, got 1")
+
+    def depth(self, task: str, index: int) -> float | None:
+        """The depth of sample number `index` on the grid; None for a random one."""
+        depths = self.arguments.depths
+        return None if depths == 0 or task not in ONE_NEEDLE else (index % depths) / (depths - 1)
+
+    def recall(self, chunks, row, needles, tokens=slice(None)) -> dict:
+        return {} if self.arguments.no_retrieval else super().recall(chunks, row, needles, tokens)
+
+
+class Paper(Retrieval):
+    """
+    The tasks of the papers on HSA (arXiv 2510.17196): s_niah, mq_niah and vt, by teacher forcing.
+
+        python examples/evaluate.py paper --model out/hsa --haystack books.jsonl.gz --output out/paper \\
+            --lengths 4096 1048576
+
+    As `hsa_lab/tasks/retrieval.py` says, in one pass; a sample counts if every scored token is the likeliest. Not
+    comparable with RULER, whose vt has another definition.
+
+    Writes paper.json with Wilson 95 % intervals and compact records, and a map of depth x length for the task with one
+    needle (`--depths` puts it on a grid).
+
+    Of HSA models also: `recall`, the share of the chunks with the values asked for that at least one HSA layer
+    retrieved at a token whose successor is scored; `recall_by_layer`; `accuracy_if_retrieved`, of the `retrieved`
+    samples with a recall of 1. (A value inside the sliding window can be copied without being retrieved.)
+    """
+
+    name, tasks = "paper", ("s_niah", "mq_niah", "vt")
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument("--batch_size", type=at_least(1), default=1, help="samples scored at a time")
+
+    def prepare(self) -> None:
+        self.generator = RetrievalTasks(self.tokenizer, pool_seed=POOL_SEED)
+
+    def sample(self, task: str, length: int, seed: int, index: int) -> tuple[Sample, float]:
+        """The sample and its depth: on the grid, or where it happens to be."""
+        depth = self.depth(task, index)
+        options = {} if depth is None else {"depth": depth}
+        sample = self.generator.make(task, sample_rng(seed, task, length, index), self.haystack, length, **options)
+        start = first_ids(self.tokenizer)
+        if start and sample.needles[:, 0].min() > 0:
+            sample.tokens[0] = start[0]  # of models whose tokenizer starts every text with it
+        return sample, sample.depth if depth is None else depth
+
+    def try_out(self, task: str, length: int) -> None:
+        self.sample(task, length, self.arguments.seeds[0], 0)
+
+    def records(self, task: str, length: int) -> list[dict]:
+        records = []
+        for pairs in self.batches(task, length, self.arguments.batch_size):
+            samples, depths = zip(*(self.sample(task, length, *pair) for pair in pairs))
+            tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64))
+            masks = torch.from_numpy(np.stack([sample.answer_mask for sample in samples]))
+            count = length - int(masks.any(0).nonzero()[0])
+            right, chunks = self.reader.score_last(tokens.to(self.model.device), count)
+            for row, ((seed, index), sample, depth) in enumerate(zip(pairs, samples, depths)):
+                scored = masks[row, -count:]
+                record = {"seed": seed, "index": index, "score": float(right[row, scored].all())}
+                if task in ONE_NEEDLE:
+                    record["depth"] = depth
+                records.append(record | self.recall(chunks, row, sample.wanted, scored))
+        return records
+
+
+class Ruler(Retrieval):
+    """
+    Tasks of RULER (arXiv 2404.06654): greedy answers, the share of the expected strings that they contain.
+
+        python examples/evaluate.py ruler --model out/hsa --haystack books.jsonl.gz --words wonderwords.json \\
+            --output out/ruler
+
+    As `hsa_lab/tasks/ruler.py` says. Writes ruler.json; the rest is as with `paper`.
+    """
+
+    name, tasks, needs_haystack = "ruler", ruler.TASKS, False
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument("--words", type=existing_file, help="JSON of lists 'nouns', 'adjectives' and 'verbs'")
+
+    @classmethod
+    def check(cls, arguments: Namespace) -> None:
+        arguments.tasks = arguments.tasks or [task for task in cls.tasks if task != "cwe" or arguments.words]
+        super().check(arguments)
+        for flag, needing in (("haystack", ruler.NEEDS_HAYSTACK), ("words", ruler.NEEDS_WORDS)):
+            if not getattr(arguments, flag) and (tasks := [task for task in arguments.tasks if task in needing]):
+                raise ValueError(f"`--{flag}` is needed by {', '.join(tasks)}: pass it, or choose other `--tasks`")
+
+    def prepare(self) -> None:
+        file = self.arguments.words
+        words = None if file is None else json.loads(file.read_text(encoding="utf-8"))
+        self.generator = RulerTasks(self.tokenizer, words, self.haystack)
+
+    def question(self, task: str, length: int, seed: int, index: int) -> Question:
+        depth = self.depth(task, index)
+        prompt = self.generator.make(task, sample_rng(seed, task, length, index), length, depth)
+        record = {"expected": prompt.outputs}
+        if task in ONE_NEEDLE:
+            record["depth"] = prompt.depth if depth is None else depth
+        score = partial(string_match_all, outputs=prompt.outputs)
+        return Question(prompt.tokens, prompt.answer_tokens, score, prompt.values, record)

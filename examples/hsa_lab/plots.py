@@ -1,0 +1,192 @@
+"""Every plot of the examples: one set-up of matplotlib, one style."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .results import short
+
+
+SMALL = {"frameon": False, "fontsize": 8}  # legends
+
+
+@contextlib.contextmanager
+def panels(file: Path, count: int = 1, width: float = 4.6, height: float = 3.6, **options) -> Iterator[list]:
+    """`count` axes beside each other, `width` x `height` inches each, which are saved to `file` and closed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(width * count, height), squeeze=False, **options)
+    figure.set_layout_engine("constrained")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    yield list(axes[0])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_scaling(lines_of: dict[str, dict[str, tuple[list, list]]], file: Path, label: str = "tokens") -> None:
+    """A panel a title, with its lines: name -> (x, y), on logarithmic axes; none for nothing."""
+    kept = {title: {name: line for name, line in lines.items() if line[0]} for title, lines in lines_of.items()}
+    kept = {title: lines for title, lines in kept.items() if lines}
+    if not kept:
+        return
+    with panels(file, len(kept)) as axes:
+        for axis, (title, lines) in zip(axes, kept.items()):
+            for name, (x, y) in lines.items():
+                axis.plot(x, y, "o-", label=name)
+            axis.set(title=title, xlabel=label, xscale="log", yscale="log")
+            _ticks(axis, [value for x, _ in lines.values() for value in x])
+            low, high = (bound(value for _, y in lines.values() for value in y) for bound in (min, max))
+            low, high = min(low, high / 4) / 1.5, high * 1.5  # what hardly changes looks flat
+            axis.set_ylim(low, high)
+            axis.set_yticks(_decades(low, high))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.legend(**SMALL)
+
+
+def draw_lengths(models: dict[str, list[dict]], file: Path) -> None:
+    """A panel a task: the accuracy of each model's rows by length, with its interval."""
+    tasks = list(dict.fromkeys(row["task"] for rows in models.values() for row in rows))
+    with panels(file, len(tasks), 4, 3.2, sharey=True) as axes:
+        for axis, task in zip(axes, tasks):
+            for label, rows in models.items():
+                rows = [row for row in rows if row["task"] == task]
+                _band(axis, [row["length"] for row in rows], rows, "accuracy", label)
+            axis.set_xscale("log", base=2)
+            _ticks(axis, [row["length"] for rows in models.values() for row in rows], rotation=45)
+            axis.set(title=task, xlabel="tokens", ylim=(-0.03, 1.03))
+        axes[0].set_ylabel("accuracy")
+        axes[0].legend(**SMALL)
+
+
+def draw_losses(rows: list[dict], file: Path) -> None:
+    """Loss by length of the context, and by position, with the intervals, of the rows of `evaluate.py ppl`."""
+    lines = {}
+    for task, where in (("last", ""), ("foreign", ", foreign text before")):
+        if kept := [row for row in rows if row["task"] == task]:
+            title = f"loss of the last {kept[-1]['scored_tokens']:,} tokens{where}"
+            lines[title] = "length of the context (tokens)", [row["length"] for row in kept], [r["loss"] for r in kept]
+    for row in rows:
+        if row["task"] == "positions":
+            middles = [math.sqrt(a * b) for a, b in zip(row["edges"], row["edges"][1:])]
+            lines["loss by position"] = "position (tokens)", middles, row["losses"]
+    with panels(file, len(lines)) as axes:
+        for axis, (title, (label, x, losses)) in zip(axes, lines.items()):
+            _band(axis, x, losses, "mean")
+            axis.set(title=title, xlabel=label, ylabel="nats per token")
+            axis.set_xscale("log", base=2)
+            if label.startswith("length"):
+                _ticks(axis, x, rotation=45)
+
+
+def heat_map(grid: dict[tuple[str, str], float], file: Path, title: str, label: str) -> None:
+    """`grid`: accuracy in [0, 1] by (row, column), in percent. `label`: what the rows are; the columns are lengths."""
+    rows, columns = (list(dict.fromkeys(cell[i] for cell in grid)) for i in (0, 1))
+    values = np.array([[100 * grid.get((row, column), math.nan) for column in columns] for row in rows])
+    with panels(file, 1, 2.5 + 0.7 * len(columns), 1.6 + 0.35 * len(rows)) as (axis,):
+        image = axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            axis.text(x, y, "" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set(title=title, xlabel="tokens", ylabel=label)
+        axis.grid(False)
+        axis.figure.colorbar(image, label="accuracy (%)")
+
+
+def draw_depths(rows: list[dict], file: Path, bins: int = 10) -> None:
+    """
+    Accuracy by depth (down) and length of rows of one task whose records have a depth. Many different depths are put
+    into bins.
+    """
+    pairs = [(depth, score, row["length"]) for row in rows for depth, score in _depths(row)]
+    scores: dict[tuple[float, int], list[float]] = {}
+    on_grid = len({depth for depth, *_ in pairs}) <= bins + 1
+    for depth, score, length in pairs:
+        if not on_grid:
+            depth = (min(int(depth * bins), bins - 1) + 0.5) / bins
+        scores.setdefault((round(depth, 4), length), []).append(score)
+    cells = {(f"{100 * depth:.0f} %", short(length)): np.mean(x) for (depth, length), x in sorted(scores.items())}
+    heat_map(cells, file, f"{rows[0]['task']}: accuracy", "depth")
+
+
+def _depths(row: dict) -> list[tuple[float, float]]:
+    return list(zip(row["records"]["depth"], row["records"]["score"]))
+
+
+def draw_pretraining(entries: list[dict], file: Path) -> None:
+    """The log of `pretrain.py`: loss, accuracy of every task and, of HSA models, what answers retrieve, by tokens."""
+    titles = ["loss of all tokens but answers", "accuracy by answer token"]
+    if any("recall" in entry for entry in entries):
+        titles.append("chunk an answer is copied from")
+    tokens = [entry["tokens"] / 1e6 for entry in entries]
+
+    def values(name: str) -> tuple[list, list]:
+        kept = [(x, entry[name]) for x, entry in zip(tokens, entries) if name in entry]
+        return [x for x, _ in kept], [value for _, value in kept]
+
+    with panels(file, len(titles), 5, 4) as axes:
+        axes[0].plot(tokens, values("text_loss")[1])
+        for name in sorted({name for entry in entries for name, value in entry.items() if isinstance(value, dict)}):
+            x, measured = values(name)
+            axes[1].plot(x, [value["accuracy"] for value in measured], label=name)
+        for name, style in (("weight", "-"), ("recall", "--")):
+            x, by_layer = values(name)
+            for layer, y in enumerate(zip(*by_layer)):
+                axes[2].plot(x, y, style, color=f"C{layer}", label=f"{name}, HSA layer {layer}")
+        for axis, title in zip(axes, titles):
+            axis.set(title=title, xlabel="million tokens")
+            for _, stage in itertools.groupby(zip(tokens, entries), key=lambda pair: pair[1]["stage"]):
+                axis.axvline(next(stage)[0], color="0.85", zorder=0)
+        for axis in axes[1:]:
+            axis.set_ylim(0, 1.02)
+            axis.legend(**SMALL)
+
+
+def draw_curves(
+    curves: dict[str, tuple[Sequence, Sequence]],
+    file: Path,
+    title: str,
+    x: str,
+    y: str,
+    marks: Sequence = (),
+    **axes_are,
+) -> None:
+    """Lines, name -> (x, y), in one panel, with vertical lines at `marks`; `axes_are` goes to `Axes.set`."""
+    with panels(file, 1, 8.4) as (axis,):
+        for label, (at, values) in curves.items():
+            axis.plot(at, values, "o-" if len(at) < 20 else "-", label=label)
+        for mark in marks:
+            axis.axvline(mark, color="0.8", zorder=0)
+        axis.set(title=title, xlabel=x, ylabel=y, **axes_are)
+        axis.legend(**SMALL, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _band(axis, x: list, rows: list[dict], value: str, label: str | None = None) -> None:
+    """A line of the field `value` of rows, and the interval [low, high], where they have one, around it."""
+    if not rows:
+        return
+    y = [row[value] for row in rows]
+    low, high = ([at if row[name] is None else row[name] for at, row in zip(y, rows)] for name in ("low", "high"))
+    line = axis.plot(x, y, "o-", markersize=4, label=label)[0]
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _ticks(axis, lengths: Sequence[int], **options) -> None:
+    axis.set_xticks(sorted(set(lengths)), [short(length) for length in sorted(set(lengths))], **options)
+    axis.minorticks_off()
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten from `low` to `high`; of wide ranges only the powers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high / low < 100 else (1,)
+    return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]

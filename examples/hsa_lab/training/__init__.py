@@ -1,0 +1,1 @@
+"""Pretraining by a recipe, and the data of both ways to train."""
