@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from .cache.hsa_cache import HSACache
 from .cache.static_cache import HSAStaticCache
+from .conversion import convert_to_hsa, new_parameters
 from .modeling_hsa import (
     HSAForCausalLM,
     HSAForQuestionAnswering,
@@ -34,4 +35,6 @@ __all__ = [
     "HSAModel",
     "HSAPreTrainedModel",
     "HSAStaticCache",
+    "convert_to_hsa",
+    "new_parameters",
 ]
