@@ -53,7 +53,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--chats", help="JSON lines that `chats` wrote")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--max_seconds", type=float, default=1e9, help="stop and save after so many seconds")
-    add("--scale", type=float, default=1.0, help="multiplies the tokens of all stages")
+    add("--scale", type=float, default=1.0, help="multiplies the tokens of all stages, also of a run that goes on")
     add("--seed", type=int, default=0, help="of the new weights and the batches")
     add("--mixed_precision", choices=("auto", "no", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro-batches of a process in a batch")
@@ -79,7 +79,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--perplexity_lengths", nargs="*", type=at_least(128), default=[4096, 16384])
     add("--windows", type=at_least(1), default=32, help="of a perplexity")
     add("--answer_tokens", type=at_least(1), default=48, help="of the longest answer")
-    add("--batch_tokens", type=at_least(1), default=2**17, help="tokens of prompts read at once")
+    add("--batch_tokens", type=at_least(1), default=2**18, help="tokens of prompts read at once")
     add("--seed", type=int, default=0, help="of the questions")
     for command in commands.values():
         add_device_flag(command)

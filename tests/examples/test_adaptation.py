@@ -18,6 +18,7 @@ from hsa_lab.adaptation.chats import sample_chats
 from hsa_lab.adaptation.losses import retrieval_loss, token_losses
 from hsa_lab.adaptation.low_rank import LowRankLinear, add_low_rank, freeze_base, merged_weights, save_adapter
 from hsa_lab.adaptation.recipe import rate_at, read_recipe
+from hsa_lab.adaptation.student import Student, Teacher
 from hsa_lab.chat_rows.mixture import Materials
 from hsa_lab.chat_rows.rows import ANSWER
 from hsa_lab.tasks.chronicles import make_document
@@ -209,6 +210,21 @@ def test_retrieval_loss_counts_all_chunks_with_evidence():
     assert none.loss.item() == 0 and none.recall.tolist() == [0.0]
 
 
+def test_a_student_that_sees_everything_starts_as_its_teacher(folder, materials):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = convert_to_hsa(base, **RECIPE["model"] | {"sliding_window": 512})
+    data, teacher = Batches(materials, RECIPE, 0, 4, 0, 16, 32), Teacher(base)
+    batch = data[0]
+    outcome = Student(model, 0.3, 32)(batch, teacher(batch, data.taught), teacher.head)
+    known = batch.plain.label <= len(batch.families) + 1
+    torch.testing.assert_close(outcome.plain.divergence[known], torch.zeros(known.sum()), atol=1e-5, rtol=0)
+    logits = base(batch.ids).logits.flatten(0, 1)[batch.asked.place]
+    expected = torch.nn.functional.cross_entropy(logits, batch.asked.target, reduction="none")
+    torch.testing.assert_close(outcome.asked.entropy, expected, atol=1e-4, rtol=1e-4)
+    total = outcome.asked.loss + outcome.plain.loss + 0.3 * outcome.retrieval.loss
+    torch.testing.assert_close(outcome.loss, total)
+
+
 # -- low-rank changes --
 
 
@@ -226,7 +242,7 @@ def test_low_rank_changes_are_those_of_peft(folder, tmp_path):
     changed = [m for m in model.modules() if isinstance(m, LowRankLinear)]
     assert len(changed) == 7 * 3  # every matrix of the three layers of the base, and none that is new
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     ids = torch.randint(0, 900, (2, 200))

@@ -7,7 +7,6 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
@@ -71,6 +70,8 @@ def save_adapter(model: HSAForCausalLM, folder: Path, base: str, dtype: torch.dt
 
     Raises: ValueError if the matrices of the base were trained themselves, of which there is no adapter.
     """
+    from peft import LoraConfig  # which nothing else needs
+
     changed = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not changed:
         raise ValueError("Only a model with low-rank changes has an adapter.")

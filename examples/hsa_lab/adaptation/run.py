@@ -7,7 +7,6 @@ import signal
 import time
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -95,7 +94,6 @@ class Run:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.state = {
             "seed": arguments.seed,
-            "scale": arguments.scale,
             "micro_batches": arguments.gradient_accumulation_steps * self.accelerator.num_processes,
             "stage": 0,
             "batch": 0,
@@ -125,7 +123,7 @@ class Run:
     def _read_state(self) -> None:
         """Raises: ValueError where what decides the course of the run is another than it began with."""
         there = json.loads((self.checkpoint / "state.json").read_text())
-        for name in ("seed", "scale", "micro_batches"):
+        for name in ("seed", "micro_batches"):
             if there[name] != self.state[name]:
                 raise ValueError(
                     f"The run in {self.folder} has `{name}` {there[name]}, not {self.state[name]}. Resume it as it "
@@ -300,8 +298,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(self.checkpoint))
         if self.accelerator.is_main_process:
-            self.export()
             write_json(whole, self.state | provenance())
+            self.export()
         self.accelerator.wait_for_everyone()
 
     def export(self) -> None:
