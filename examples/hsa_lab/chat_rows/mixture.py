@@ -145,9 +145,11 @@ def questions_of(recipe: dict, length: int) -> int:
     return sizes[max(fitting)] if fitting else 1
 
 
-def rows(materials: Materials, recipe: dict, length: int, seed: int) -> Iterator[Row]:
+def rows(
+    materials: Materials, recipe: dict, length: int, seed: int | str, at_once: int = PLANS_AT_ONCE
+) -> Iterator[Row]:
     """
-    Rows of `length` tokens, for ever.
+    Rows of `length` tokens, for ever, of which so many are made at once.
 
     Raises: ValueError if the recipe names families that do not exist or that there is nothing for.
     """
@@ -159,7 +161,7 @@ def rows(materials: Materials, recipe: dict, length: int, seed: int) -> Iterator
     rng, builder = random.Random(f"{materials.split} {length} {seed}"), materials.builder
     questions = questions_of(recipe, length)
     while True:
-        drawn = rng.choices(list(shares), list(shares.values()), k=PLANS_AT_ONCE)
+        drawn = rng.choices(list(shares), list(shares.values()), k=at_once)
         made: list[Row] = []
         for family in drawn:
             if family in PLAIN:
