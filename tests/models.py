@@ -30,6 +30,16 @@ VARIANTS = {
     "window_beyond_the_input": {"sliding_window": 1000},
     "no_lower_layers": {"num_lower_layers": 0},
     "eager_attention": {"attn_implementation": "eager"},
+    "full_attention": {"layer_types": ["full_attention", "sliding_attention", "hsa", "full_attention", "hsa"]},
+    "early_encoder": {
+        "layer_types": ["sliding_attention"] * 3 + ["hsa", "sliding_attention"],
+        "chunk_encoder_layer": 1,
+    },
+    "hsa_qk_norm_only": {"qk_norm": False, "hsa_qk_norm": True},
+    "narrow_hsa_mlp": {"hsa_intermediate_size": 16},
+    "no_hsa_mlp": {"hsa_intermediate_size": 0, "hsa_residual": "standard"},
+    "qwen2_biases": {"attention_bias": True, "attention_output_bias": False},
+    "baseline": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }
 
 
@@ -51,6 +61,8 @@ def tiny_config(**overrides) -> HSAConfig:
         # Larger than usual, so that attention and retrieval are far from uniform and a mistake shows in the logits.
         "initializer_range": 0.2,
     }
+    if "layer_types" in overrides:
+        fields.update(num_lower_layers=None, num_upper_layers=None, num_upper_groups=None)
     return HSAConfig(**{**fields, **overrides})
 
 
@@ -60,9 +72,9 @@ def tiny_model(seed: int = 0, **overrides) -> HSAForCausalLM:
     return HSAForCausalLM(tiny_config(**overrides)).eval()
 
 
-def make_variant(name: str) -> HSAForCausalLM:
-    """The tiny model with the switches of `VARIANTS[name]`."""
-    overrides = dict(VARIANTS[name])
+def make_variant(name: str, **more) -> HSAForCausalLM:
+    """The tiny model with the switches of `VARIANTS[name]`, and more."""
+    overrides = {**VARIANTS[name], **more}
     attn_implementation = overrides.pop("attn_implementation", "sdpa")
     model = tiny_model(**overrides)
     model.set_attn_implementation(attn_implementation)

@@ -59,7 +59,8 @@ class HSACache(Cache):
 
     def _assemble(self, config: HSAConfig, storage: Storage, rows: Rows | StaticRows, memory: DeviceMemory) -> None:
         super().__init__(layers=[LAYER_KINDS[kind].state(config, storage) for kind in config.layer_types])
-        self.header = {name: copy.copy(getattr(config, name)) for name in CACHE_FIELDS}
+        self.header = {name: getattr(config, name) for name in CACHE_FIELDS}
+        self.header["layer_types"] = list(config.layer_types)
         self.rows = rows
         self.memory = memory
         # Of the chunk encoder: the tokens that are in no complete chunk yet.
@@ -123,6 +124,11 @@ class HSACache(Cache):
         if self._before is not None:
             self.load_state_dict(self._before)
             self._before = None
+
+    def __getstate__(self) -> dict:
+        """For `copy.deepcopy` and pickles: without what a call that failed has left, which may have gradients."""
+        self._settle()
+        return self.__dict__
 
     # -- `Cache` ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +202,7 @@ class HSACache(Cache):
         """Makes row `beam_idx[i]` row i; int64 [B]."""
         if self.batch_size < 0:
             return
-        _check_rows("beam_idx", beam_idx, self.batch_size)
+        _check_rows("beam_idx", beam_idx, self.batch_size, length=self.batch_size)
         if not torch.equal(beam_idx, torch.arange(self.batch_size, device=beam_idx.device)):
             self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -228,14 +234,22 @@ def _as_int(name: str, value) -> int:
     return value
 
 
-def _check_rows(name: str, rows: torch.Tensor, batch: int) -> None:
-    """Of indices on a CPU the values, too: elsewhere it would wait for the device."""
-    if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.is_complex():
+def _check_rows(name: str, rows: torch.Tensor, batch: int, length: int | None = None) -> None:
+    """
+    `length`: how many there have to be. Values are looked at on a CPU only: elsewhere it would wait for the device.
+    """
+    is_mask = isinstance(rows, torch.Tensor) and rows.dtype == torch.bool and length is None
+    is_index = isinstance(rows, torch.Tensor) and rows.dtype in (torch.int64, torch.int32)
+    if not (is_mask or is_index) or rows.dim() != 1:
         given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, torch.Tensor) else repr(rows)
-        raise ValueError(f"`{name}` must be a tensor [n] of rows, got {given}.")
-    if rows.dtype == torch.bool and len(rows) != batch:
+        or_mask = ", or a bool one of all rows" if length is None else ""
+        raise ValueError(f"`{name}` must be an int64 tensor [n] of rows{or_mask}, got {given}.")
+    if (length or batch) != len(rows) and (is_mask or length is not None):
         raise ValueError(f"`{name}` must have one entry for each of the {batch} rows of the cache, got {len(rows)}.")
-    if rows.dtype != torch.bool and rows.device.type == "cpu" and len(rows):
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= batch:
-            raise ValueError(f"`{name}` must be in [0, {batch}), the rows of the cache, got {low} to {high}.")
+    on_cpu = rows.device.type == "cpu"
+    if len(rows) == 0 or is_mask and on_cpu and not rows.any():
+        raise ValueError(f"`{name}` selects no row. Use `reset` to empty a cache.")
+    if is_index and on_cpu and (rows.min() < 0 or rows.max() >= batch):
+        raise ValueError(
+            f"`{name}` must be in [0, {batch}), the rows of the cache, got {int(rows.min())} to {int(rows.max())}."
+        )

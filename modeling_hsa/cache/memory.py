@@ -4,6 +4,7 @@ layers are handed it whole: the encoder appends, layers look at `landmarks` and 
 it is kept.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,11 @@ class _CallView(NamedTuple):
     table: torch.Tensor | None = None  # [B, C] the slot of each chunk; None: the chunk itself
 
 
+def _kept(storage: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """What a call sees of the storage: later calls write into it, and backward of this one may still have to read."""
+    return [x.clone() for x in storage] if torch.is_grad_enabled() else storage
+
+
 class DeviceMemory(ChunkMemory):
     """
     The chunks of all calls, on the device of the encoder. Gradients do not flow into what earlier calls left.
@@ -131,10 +137,7 @@ class DeviceMemory(ChunkMemory):
             return new  # no chunk
         slots = self.num_chunks if self.table is None else self.pages.used
         view = (self.stored_landmarks[:, : self.num_chunks], self.pages.keys[:, :slots], self.pages.values[:, :slots])
-        if torch.is_grad_enabled():
-            # Later calls write into the storage, which backward of this one may still have to read.
-            view = tuple(x.clone() for x in view)
-        return _CallView(*view, self.table)
+        return _CallView(*_kept(view), self.table)
 
     def _placed(self, x: torch.Tensor) -> torch.Tensor:
         """x where keys and values are kept."""
@@ -263,7 +266,7 @@ class StaticMemory(DeviceMemory):
             super().append(landmarks, keys, values, layout)
             return
         self._write(landmarks.detach(), keys.detach(), values.detach(), layout.num_chunks, 0)
-        self._view = _CallView(self.stored_landmarks, self.pages.keys, self.pages.values)
+        self._view = _CallView(*_kept(self.buffers))
 
     def _allocate(self, landmarks, keys, values) -> None:
         self.pages = Pages()

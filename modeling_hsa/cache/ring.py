@@ -52,7 +52,8 @@ class TokenRing(State):
             slot = self._slot(layout.position.to(new.device)).view(-1, *[1] * (new.dim() - 1))
             self.buffer.scatter_(-2, slot.expand_as(new), new.detach().to(self.buffer.dtype))
             stream = self.tokens(layout.position) if self.ordered else self.buffer
-            return stream.to(new.dtype)
+            # The next step writes into the storage, which backward of this one may still have to read.
+            return stream.to(new.dtype, copy=torch.is_grad_enabled() and new.requires_grad)
         stream = new
         kept = self.slots if layout.past is None else min(self.slots, layout.past)
         if self.buffer is not None and kept:

@@ -103,6 +103,6 @@ class HSAStaticCache(HSACache):
         raise NotImplementedError("A static cache cannot be cropped, so it records no past. Use an HSACache.")
 
     def reset(self) -> None:
-        """Forgets all tokens. The storage stays, and with it the number of rows."""
+        """Forgets all tokens. The storage stays, and with it the number of rows and the dtype."""
         super().reset()
         self.is_torn = False

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from modeling_hsa import HSACache
+from modeling_hsa import HSACache, HSAStaticCache
 from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, Allocations, relative_error
 from tests.models import VARIANTS, make_variant, tiny_config, tiny_model
 from tests.rows import Rows, random_ids, read
@@ -27,6 +27,13 @@ LAYOUTS = {
 }
 # Switches that change what the cache has to keep.
 CACHED = ("default", "no_local_attention", "stride_3", "stride_20", "window_of_one", "window_beyond_the_input")
+
+
+CACHES = {
+    "device": HSACache,
+    "host": lambda config: HSACache(config, offloading=True),
+    "static": lambda config: HSAStaticCache(config, 120),
+}
 
 
 @pytest.fixture(scope="module")
@@ -350,19 +357,20 @@ def test_segments_train_layers_above_a_frozen_memory(first):
     assert all(layer.q_proj.weight.grad.norm() > 0 for layer in trained)
 
 
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("backward", ["after every segment", "once"])
-def test_training_on_segments_stops_gradients_between_them(backward):
+def test_training_on_segments_stops_gradients_between_them(backward, make_cache):
     """Truncated back-propagation: the cache is an input without gradient, so the segments' gradients add up."""
     ids = random_ids(1, 120)
     sizes = [40, 1, 1, 33, 1, 44]
 
     def gradient(segments) -> torch.Tensor:
         """Of all parameters, for the loss of these segments."""
-        model, cache, losses = tiny_model(), None, []
+        model, losses = tiny_model().train(), []
+        cache = make_cache(model.config)
         for i, segment in enumerate(ids.split(sizes, dim=1)):
             with torch.set_grad_enabled(i in segments):
-                outputs = model(segment, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+                outputs = model(segment, past_key_values=cache)
             if i in segments:
                 losses.append(outputs.logits.logsumexp(-1).sum())
                 if backward == "after every segment":
@@ -413,14 +421,17 @@ def stored_elements(cache: HSACache) -> int:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("forked", [False, True])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_the_chunk_memory_grows_geometrically(model, padding):
+def test_the_chunk_memory_grows_geometrically(model, padding, forked, offloading):
     """While decoding adds 10 chunks to 64: a memory that grew by each of them would be copied 10 times."""
     ids = random_ids(1, 64 * 16 + 10 * 16)
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
-    cache = HSACache(model.config)
+    cache = HSACache(model.config, offloading=offloading)
     read(model, ids[:, : 64 * 16], [100], cache, attention_mask=mask[:, : 64 * 16])
+    cache = cache.fork() if forked else cache
     keys_of_all_chunks = 63 * 16 * model.config.hsa_num_key_value_heads * model.config.head_dim
     with Allocations() as made:
         read(model, ids[:, 64 * 16 :], [1], cache, attention_mask=mask)

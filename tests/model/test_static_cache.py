@@ -312,3 +312,33 @@ def test_rows_cannot_become_more_or_fewer(model):
 def test_only_the_static_cache_is_compileable(model):
     assert HSAStaticCache(model.config, 50).is_compileable
     assert not HSACache(model.config).is_compileable
+
+
+# -- calls that fail --------------------------------------------------------------------------------------------------
+
+
+def _fail(*_):
+    raise RuntimeError("out of memory")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("starts_document", [False, True])
+@pytest.mark.parametrize("name", ["default", "stride_3", "full_attention"])
+def test_a_step_that_failed_is_repeated_or_the_cache_refuses(name, starts_document):
+    """A step writes over tokens that it no longer sees; the first one of a document sees none, but others still do."""
+    model, ids = make_variant(name), random_ids(1, 60)
+    cache = HSAStaticCache(model.config, 60)
+    read(model, ids[:, :40], [40], cache)
+    step = {"input_ids": ids[:, 40:41], "past_key_values": cache}
+    if starts_document:
+        step["position_ids"] = torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="out of memory"), model.model.norm.register_forward_hook(_fail):
+        model(**step)
+    if starts_document:
+        with pytest.raises(ValueError, match="reset"):
+            model(**step)
+        cache.reset()
+        ids = ids[:, 40:]
+    start = cache.get_seq_length()
+    logits, _ = read(model, ids[:, start:], [1, 7, 1], cache)
+    assert relative_error(logits, model(ids, use_cache=False).logits[:, start:]) <= OTHER_ORDER

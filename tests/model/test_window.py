@@ -4,6 +4,8 @@ only, against the blocks that run anywhere. On the CPU a plain function that doe
 `varlen_attn` says takes its place, so that what is checked is how it is called; the GPU tests run the real one.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening
@@ -36,15 +38,19 @@ def calls(monkeypatch):
         return attend_sequences(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, False, window_size)
 
     monkeypatch.setattr(window, "_varlen_attn", varlen_attn)
-    takes = lambda module, query, output_attentions=False, **kwargs: not output_attentions  # noqa: E731
-    monkeypatch.setattr(window, "_takes_varlen", takes)
+    take_varlen_where(monkeypatch, lambda call: call.length > 1 and window._sequences(call) is not None)
     return made
+
+
+def take_varlen_where(monkeypatch, fits) -> None:
+    strategies = [(fits if attend is window._attend_with_varlen else x, attend) for x, attend in window._STRATEGIES]
+    monkeypatch.setattr(window, "_STRATEGIES", strategies)
 
 
 def blocked(monkeypatch, function):
     """What `function` gives without flash attention."""
     with monkeypatch.context() as context:
-        context.setattr(window, "_takes_varlen", lambda *args, **kwargs: False)
+        take_varlen_where(context, lambda call: False)
         return function()
 
 
@@ -175,7 +181,9 @@ def test_conditions(monkeypatch):
 
     def takes(query=CudaQuery, implementation="sdpa", **kwargs):
         model.config._attn_implementation = implementation
-        return window._takes_varlen(model.model.layers[0].self_attn, query, scaling=1.0, **kwargs)
+        layout = build_layout(1, query.shape[2], torch.device("cpu"), chunk_size=16)
+        module = model.model.layers[0].self_attn
+        return window._takes_varlen(window.Call(None, module, query, query, query, layout, 12, kwargs))
 
     monkeypatch.setattr(window, "_varlen_attn", lambda: None)
     monkeypatch.setattr(window, "_has_flash_kernels", lambda *args: True)
@@ -185,7 +193,8 @@ def test_conditions(monkeypatch):
     assert not takes(output_attentions=True)
     assert not takes(implementation="eager")
     assert not takes(torch.zeros(1, 4, 8, 64, dtype=torch.bfloat16))
-    for field, value in (("dtype", torch.float32), ("shape", (1, 4, 8, 60)), ("shape", (1, 4, 8, 264))):
+    shapes = [(1, 4, 8, 60), (1, 4, 8, 264), (1, 4, 1, 64)]
+    for field, value in (("dtype", torch.float32), *(("shape", shape) for shape in shapes)):
         assert not takes(type("Query", (CudaQuery,), {field: value}))
     monkeypatch.setattr(window, "_varlen_attn", None)
     assert not takes()
@@ -226,17 +235,16 @@ def attention_case(kind: str, dtype=torch.float32, heads=(4, 2), dim=64, size=10
     """Queries, keys and values [B, H, tokens, D] on the GPU, and the layout of the queries."""
     batch, length, past = 3, 700, 0
     mask = torch.ones(batch, length, dtype=torch.int64, device="cuda")
-    cache = None
     if kind == "segment":
         past = size - 1
     if kind == "left":
         mask[0, :300] = 0
     if kind == "right":
         mask[1, 200:] = 0
-    layout = build_layout(batch, length, mask.device, 16, mask, None, cache)
+    layout = build_layout(batch, length, mask.device, chunk_size=16, attention_mask=mask)
     if kind == "segment":
         position = torch.arange(past, past + length, device="cuda")[None]
-        layout = layout._replace(position_ids=position, position=position, past=past)
+        layout = replace(layout, position_ids=position, position=position, past=past)
     make = lambda n, h: torch.randn(batch, h, n, dim, device="cuda").to(dtype)  # noqa: E731
     return make(length, heads[0]), make(past + length, heads[1]), make(past + length, heads[1]), layout, mask
 
@@ -296,7 +304,7 @@ def test_gpu_compiled_without_graph_breaks():
     query.requires_grad_()
 
     def attend(query):
-        interface, fresh = module.attention_interface, layout._replace(shared={})
+        interface, fresh = module.attention_interface, replace(layout, shared={})
         return window_attention(interface, module, query, key, value, fresh, 100, dropout=0.0, scaling=0.1)[0]
 
     expected = attend(query)
@@ -317,12 +325,12 @@ def test_gpu_waits_for_nothing(with_bounds):
     query, key, value = (x[:1] for x in (query, key, value))
     if with_bounds:
         position_ids = torch.arange(700, device="cuda")[None] % 350
-        layout = build_layout(1, 700, query.device, 16, None, position_ids)
+        layout = build_layout(1, 700, query.device, chunk_size=16, position_ids=position_ids)
         kwargs["cu_seq_lens_q"] = torch.tensor([0, 350, 700], dtype=torch.int32, device="cuda")
     interface = module.attention_interface
-    window_attention(interface, module, query, key, value, layout._replace(shared={}), 100, **kwargs)
+    window_attention(interface, module, query, key, value, replace(layout, shared={}), 100, **kwargs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        window_attention(interface, module, query, key, value, layout._replace(shared={}), 100, **kwargs)
+        window_attention(interface, module, query, key, value, replace(layout, shared={}), 100, **kwargs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
