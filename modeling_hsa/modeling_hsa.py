@@ -181,6 +181,8 @@ class HSAModel(HSAPreTrainedModel):
             ValueError: for inputs that do not fit together, with the name of the argument and the fix.
             TypeError: for what is not a tensor, a cache of another kind, and keywords that nobody reads.
         """
+        # A model with a head commits the call itself, so that it takes effect with the head or not at all.
+        commits = kwargs.pop("commits", True)
         if not torch.compiler.is_compiling():
             self._config_guard.check(self.config)
         position_ids = check_inputs(
@@ -195,6 +197,8 @@ class HSAModel(HSAPreTrainedModel):
             logger.warning_once(
                 "A cache does not go with gradient checkpointing: `use_cache` and the cache are ignored."
             )
+            if past_key_values is not None:
+                past_key_values.settle()
             use_cache, past_key_values = False, None
         if past_key_values is None and use_cache:
             past_key_values = HSACache(self.config)
@@ -209,7 +213,9 @@ class HSAModel(HSAPreTrainedModel):
         )
         hidden_states = self._decode(inputs_embeds, layout, past_key_values, **kwargs)
         if past_key_values is not None:
-            past_key_values.commit(layout)
+            past_key_values.finish(layout)
+            if commits:
+                past_key_values.commit()
         return HSAModelOutputWithPast(
             last_hidden_state=hidden_states, **{CACHE: past_key_values if use_cache else None}
         )
@@ -295,6 +301,7 @@ class HSAForCausalLM(HSAPreTrainedModel, HSAGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            commits=past_key_values is None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -305,6 +312,8 @@ class HSAForCausalLM(HSAPreTrainedModel, HSAGenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs, **loss_arguments
             )
+        if past_key_values is not None:
+            past_key_values.commit()
         return HSACausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -69,13 +69,14 @@ class HSACache(Cache):
         # Everything the cache remembers.
         self.states: dict[str, State] = {**dict(layers), "hidden": self.hidden, **rows.parts(), "memory": memory}
         self._before: dict[str, dict] | None = None  # during a call: what the states were at its start
+        self._layout: TokenLayout | None = None  # of a call that is finished and not yet committed
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokens={self.get_seq_length()}, chunks={self.memory.num_chunks})"
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The tensors and numbers of every state. They are not copies, and change with the cache."""
-        self._settle()
+        self.settle()
         return {name: state.state_dict() for name, state in self.states.items()}
 
     def load_state_dict(self, states: dict[str, dict[str, Any]]) -> None:
@@ -103,7 +104,7 @@ class HSACache(Cache):
         A cache that goes on from here independently of this one, which may be used in turn with it. It shares the
         chunk memory, the only part whose size grows with the tokens, and copies the rest.
         """
-        self._settle()
+        self.settle()
         return copy.deepcopy(self, {id(self.memory): self.memory.fork()})
 
     # -- used by the model ------------------------------------------------------------------------------------------
@@ -113,21 +114,26 @@ class HSACache(Cache):
         self._before = self.state_dict()
         return self.rows.past()
 
-    def commit(self, layout: TokenLayout) -> None:
-        """Ends the call of `layout`."""
-        for state in self.states.values():
-            state.commit(layout)
-        self._before = None
+    def finish(self, layout: TokenLayout) -> None:
+        """Everything that the call of `layout` adds is there; `commit` makes it take effect."""
+        self._layout = layout
 
-    def _settle(self) -> None:
+    def commit(self) -> None:
+        """Ends the call, if it used the cache at all."""
+        if self._layout is not None:
+            for state in self.states.values():
+                state.commit(self._layout)
+            self._layout = self._before = None
+
+    def settle(self) -> None:
         """Takes back what a call that failed half way has done."""
         if self._before is not None:
             self.load_state_dict(self._before)
-            self._before = None
+        self._layout = self._before = None
 
     def __getstate__(self) -> dict:
         """For `copy.deepcopy` and pickles: without what a call that failed has left, which may have gradients."""
-        self._settle()
+        self.settle()
         return self.__dict__
 
     # -- `Cache` ----------------------------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ class HSACache(Cache):
 
     @property
     def batch_size(self) -> int:
-        self._settle()
+        self.settle()
         return next((n for state in self.states.values() if (n := state.batch_size) is not None), -1)
 
     def activate_past_recording(self) -> None:
@@ -170,7 +176,7 @@ class HSACache(Cache):
             )
         if columns > self.get_seq_length():
             raise ValueError(f"Cannot forget {columns} tokens: the cache holds {self.get_seq_length()}.")
-        self._settle()
+        self.settle()
         if columns:
             self._crop(columns)
         for history in self._histories():
@@ -194,7 +200,7 @@ class HSACache(Cache):
         self.memory.crop(self.rows.most_chunks(self.header["chunk_size"]))
 
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._settle()
+        self.settle()
         for state in self.states.values():
             state.apply(function)
 
@@ -221,7 +227,7 @@ class HSACache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._before = None
+        self._layout = self._before = None
         for state in self.states.values():
             state.reset()
 

@@ -5,7 +5,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from configuration_hsa import HSAConfig
 
-from ..layout import Past, TokenLayout
+from ..layout import Past
 from .hsa_cache import HSACache
 from .memory import StaticMemory
 from .rows import StaticRows
@@ -59,7 +59,7 @@ class HSAStaticCache(HSACache):
                 f"A static cache does not go with `attn_implementation={self.config._attn_implementation!r}`. Use "
                 "'sdpa', or an HSACache."
             )
-        self._settle()
+        self.settle()
         if self.is_torn:
             raise ValueError("The last call failed while it changed `past_key_values`. Call its `reset()`.")
         if length == 1 and not has_mask and self.rows.state is not None:
@@ -79,9 +79,9 @@ class HSAStaticCache(HSACache):
         self.memory.num_chunks = self.rows.most_chunks(self.header["chunk_size"])
         return self.rows.past(is_step=False)
 
-    def commit(self, layout: TokenLayout) -> None:
+    def commit(self) -> None:
         self.is_torn = not torch.compiler.is_compiling()
-        super().commit(layout)
+        super().commit()
         self.is_torn = False
 
     # -- `Cache` ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 
 from modeling_hsa import HSACache, HSAStaticCache
 from tests.helpers import OTHER_ORDER, relative_error
+from tests.models import tiny_model
 from tests.rows import random_ids, read
 
 
@@ -69,3 +70,30 @@ def test_integers_in_tensors_are_taken(model, dtype):
     cache.batch_select_indices(torch.tensor([3], dtype=dtype))
     rest, _ = read(model, ids[1:, 40:], [20], cache)
     assert relative_error(rest, model(ids[1:], use_cache=False).logits[:, 40:]) <= OTHER_ORDER
+
+
+# -- calls that fail after the last layer -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "make_cache", [HSACache, lambda config: HSAStaticCache(config, 100)], ids=["growing", "static"]
+)
+@pytest.mark.parametrize("sizes", [(20,), (1,), (1, 1, 18)], ids=str)
+def test_a_head_that_fails_takes_the_call_back(is_static, sizes):
+    model, ids = tiny_model(), random_ids(2, 60)
+    cache = HSAStaticCache(model.config, 100) if is_static else HSACache(model.config)
+    read(model, ids[:, :40], [40], cache)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(ids[:, 40:50], past_key_values=cache)
+    with pytest.raises(MemoryError):
+        model(ids[:, 40:41], past_key_values=cache)
+    hook.remove()
+    assert cache.get_seq_length() == 40
+    logits, _ = read(model, ids[:, 40:], sizes, cache)
+    assert relative_error(logits, model(ids, use_cache=False).logits[:, 40:]) <= OTHER_ORDER
