@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from modeling_hsa import HSAForCausalLM
 
-from .models import VARIANTS, make_variant, tiny_model
+from .models import FAST_VARIANTS, VARIANTS, make_variant, tiny_model
 
 
 # The models are so small that threads only get in each other's way.
@@ -41,6 +41,11 @@ register_random(_torch_random)
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        variant = parameters.get("variant_model", parameters.get("name"))
+        if variant in VARIANTS and variant not in FAST_VARIANTS:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -42,6 +42,9 @@ VARIANTS = {
     "baseline": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }
 
+# Those of the fast tier: together they take every way through the code.
+FAST_VARIANTS = ("default", "joint", "stride_3", "no_local_attention", "early_encoder")
+
 
 def tiny_config(**overrides) -> HSAConfig:
     """A configuration whose window and chunks are so small that a hundred tokens exercise everything."""

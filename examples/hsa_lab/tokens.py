@@ -92,3 +92,12 @@ def document_bounds(stream: np.ndarray, end_of_text: int | None) -> np.ndarray:
     """Document i is `stream[bounds[i] : bounds[i + 1]]`, its end-of-text token included. int64 [documents + 1]."""
     ends = np.flatnonzero(stream == end_of_text) + 1 if end_of_text is not None else np.empty(0, dtype=np.int64)
     return np.unique(np.concatenate([[0], ends, [len(stream)]]))
+
+
+def encode_chats(tokenizer, chats: list[list[dict[str, str]]]):
+    """
+    Conversations that the model is to continue, as tensors [B, L], padded on the left. (`apply_chat_template` hands
+    `padding_side` to the template, and pads on the side of the tokenizer.)
+    """
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")

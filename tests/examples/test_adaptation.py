@@ -22,6 +22,7 @@ from hsa_lab.adaptation.student import Student, Teacher
 from hsa_lab.chat_rows.mixture import Materials
 from hsa_lab.chat_rows.rows import ANSWER
 from hsa_lab.tasks.chronicles import make_document
+from hsa_lab.tokens import encode_chats
 from modeling_hsa import convert_to_hsa, new_parameters
 from modeling_hsa.retrieval import ChunkRetrieval
 from tests.commands import REPOSITORY
@@ -407,3 +408,13 @@ def test_a_model_does_not_diverge_from_itself(folder):
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["same"] == 1.0 and found["chats"] == 20
     covering = convert_to_hsa(base, **RECIPE["model"] | {"sliding_window": 512}).eval()
     assert answers.chat_divergence(covering, base, tokenizer, chats)["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_chats_of_different_lengths_end_together(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    chats = [[{"role": "user", "content": text}] for text in ("Hi", "What is the highest mountain of Wales, please?")]
+    inputs = encode_chats(tokenizer, chats)
+    alone = [encode_chats(tokenizer, [chat])["input_ids"][0].tolist() for chat in chats]
+    assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"][0, 0]
+    assert [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])] == alone
+    assert alone[0] == tokenizer.apply_chat_template(chats[0], add_generation_prompt=True)["input_ids"]

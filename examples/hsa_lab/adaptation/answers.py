@@ -22,6 +22,7 @@ from ..chat_rows.haystack import Haystack
 from ..chat_rows.qa import read_passages
 from ..commands import find_device
 from ..results import provenance, wilson, write_json
+from ..tokens import encode_chats
 
 
 @torch.inference_mode()
@@ -91,9 +92,7 @@ def perplexity(model: PreTrainedModel, stream: np.ndarray, length: int, windows:
 def say(model: PreTrainedModel, tokenizer, prompts: Sequence[str], most_tokens: int = 96) -> list[str]:
     """Greedy answers to prompts without any text."""
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    inputs = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
-    ).to(model.device)
+    inputs = encode_chats(tokenizer, turns).to(model.device)
     end = int(ChatFormat(tokenizer).end[0])
     tokens = model.generate(**inputs, max_new_tokens=most_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)[
         :, inputs["input_ids"].shape[1] :

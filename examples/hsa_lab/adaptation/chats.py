@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..chat_rows.chat import ChatFormat
+from ..tokens import encode_chats
 
 
 def sample_chats(
@@ -36,9 +37,7 @@ def sample_chats(
         if not texts:
             continue
         turns = [[{"role": "user", "content": text}] for text in texts]
-        inputs = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
-        )
+        inputs = encode_chats(tokenizer, turns)
         answers = _cut(_sample(model, inputs["input_ids"], most_answer, end, inputs["attention_mask"]), end)
         for text, answer in zip(texts, answers):
             if said := tokenizer.decode(answer).strip():
