@@ -12,7 +12,7 @@ no window.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -108,11 +108,31 @@ def _attend_to_all(call: Call) -> Output:
     return call.attention(call.module, call.query, call.key, call.value, None, **call.kwargs)
 
 
+def _without_unseen_keys(call: Call) -> Call:
+    """
+    Keys and values that no query of their row sees may be those of another document and hold NaN, which a mask does
+    not stop: here they are zeros.
+    """
+    earlier = call.num_keys - call.length
+    if call.layout.past is not None or not earlier:
+        return call
+
+    def find_unseen() -> torch.Tensor:
+        slot = torch.arange(earlier, call.num_keys, device=call.key.device)
+        first = (slot - _aligned_reach(call)).amin(1)
+        return (torch.arange(call.num_keys, device=first.device) < first[:, None])[:, None, :, None]
+
+    unseen = call.layout.share(("unseen", call.window), find_unseen)
+    return replace(call, key=call.key.masked_fill(unseen, 0), value=call.value.masked_fill(unseen, 0))
+
+
 def _fits_one_mask(call: Call) -> bool:
     return call.window is None or call.length <= 2 * call.block or bool(call.kwargs.get("output_attentions"))
 
 
 def _attend_with_one_mask(call: Call) -> Output:
+    call = _without_unseen_keys(call)
+
     def make_mask() -> torch.Tensor:
         mask = _window_mask(_aligned_reach(call), call.num_keys - call.length, call.num_keys)
         return _as_mask(mask, call.module, call.query)
@@ -123,6 +143,7 @@ def _attend_with_one_mask(call: Call) -> Output:
 
 def _attend_in_blocks(call: Call) -> Output:
     """Blocks of queries as rows of a batch, each with the keys of its own span and of the W - 1 tokens before."""
+    call = _without_unseen_keys(call)
     window, block, length = call.window, call.block, call.length
     num_blocks = -(-length // block)
     span = block + window - 1

@@ -66,8 +66,7 @@ def test_a_reset_cache_may_have_held_nan(name, cache):
 @pytest.mark.parametrize("weighting", ["softmax", "joint", "stick_breaking"])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_chunks_of_an_earlier_document_may_hold_nan(weighting, stride, cache, forked):
-    """With a window of one token, as a wider one multiplies what it does not see by 0: see the documentation."""
-    model = make_variant("window_of_one", chunk_weighting=weighting, retrieval_stride=stride)
+    model = make_variant("default", chunk_weighting=weighting, retrieval_stride=stride)
     ids = random_ids(1, 79)
     position_ids = torch.cat([torch.arange(50), torch.arange(79)])[None]
     embeds = model.get_input_embeddings()(ids)
