@@ -45,8 +45,9 @@ def _is_number(value) -> bool:
 # RoPE variants whose frequencies do not depend on the length of the input, and what each has to and may be given. With
 # any other, a prompt read in segments would be rotated differently from the same prompt read at once.
 ROPE_TYPES = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
+    # The original length is written here by Transformers, and changes nothing.
+    "default": ((), ("original_max_position_embeddings",)),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
         ("factor", "original_max_position_embeddings"),

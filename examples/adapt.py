@@ -3,7 +3,7 @@ Turn a pretrained chat model into an HSA model with a long memory: sample chats 
 
     python examples/adapt.py chats --base out/smollm2 --output out/chats.jsonl
     python -m hsa_lab.chat_rows.prepare streams ...          # in the folder examples
-    python examples/adapt.py train --recipe examples/recipes/smollm2_135m.json --base out/smollm2 \\
+    python examples/adapt.py train --recipe examples/recipes/adaptation/smollm2_135m.json --base out/smollm2 \\
         --streams out/streams --chats out/chats.jsonl --output out/hsa-smollm2
     python examples/adapt.py evaluate --model out/hsa-smollm2/model --base out/smollm2 --streams out/streams \\
         --output out/hsa-smollm2/answers.json

@@ -1,5 +1,7 @@
 """The chunk encoder: every complete chunk of hidden states becomes a landmark, keys and values (section 3.2)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -8,10 +10,17 @@ from configuration_hsa import HSAConfig
 
 from .attention import HSAEncoderAttention
 from .cache.history import TokenHistory
-from .cache.memory import ChunkMemory
 from .cache.ring import TokenRing
 from .layout import TokenLayout, cut_chunks
 from .modules import HSAMLP, HSARMSNorm, HSARotaryEmbedding, head_norm
+
+
+class EncodedChunks(NamedTuple):
+    """What goes into the chunk memory. Plain tensors, as FSDP looks for those among the outputs of a module."""
+
+    landmarks: torch.Tensor  # [B, n, Hr, d_r]
+    keys: torch.Tensor  # [B, n, S, Hkv, D]
+    values: torch.Tensor  # [B, n, S, Hkv, D]
 
 
 class HSAEncoderLayer(GradientCheckpointingLayer):
@@ -57,11 +66,10 @@ class HSAChunkEncoder(nn.Module):
         self,
         hidden_states: torch.Tensor,
         layout: TokenLayout,
-        memory: ChunkMemory,
         history: TokenHistory | TokenRing | None = None,
-    ) -> ChunkMemory:
+    ) -> EncodedChunks:
         """
-        Adds the chunks that the call completes to the memory, which it returns.
+        The n chunks that the call completes in each row; where rows complete different numbers, the rest is arbitrary.
 
         Args:
             hidden_states: [B, L, hidden].
@@ -80,8 +88,7 @@ class HSAChunkEncoder(nn.Module):
             new = tuple(x[:0] for x in self.encode(chunks.new_zeros(1, *chunks.shape[2:])))
         else:
             new = self._no_chunks(chunks)
-        memory.append(*(x.unflatten(0, (batch, num_chunks)) for x in new), layout)
-        return memory
+        return EncodedChunks(*(x.unflatten(0, (batch, num_chunks)) for x in new))
 
     def encode(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """chunks [N, S, hidden] -> landmarks [N, Hr, d_r], keys and values [N, S, Hkv, D]; no position across."""

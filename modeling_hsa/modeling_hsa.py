@@ -114,6 +114,8 @@ class HSAPreTrainedModel(PreTrainedModel):
         # subclass, or another copy of HSAConfig.
         if type(config) not in MODEL_MAPPING:
             MODEL_MAPPING.register(type(config), HSAModel)
+        if type(config).save_code is None:
+            type(config).save_code = staticmethod(save_code)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -238,7 +240,7 @@ class HSAModel(HSAPreTrainedModel):
         memory, history = (CallMemory(), None) if cache is None else (cache.memory, cache.hidden)
         for layer_idx, layer in enumerate(self.layers):
             if layer_idx == self.config.chunk_encoder_layer:
-                memory = self.chunk_encoder(hidden_states, layout, memory, history)
+                memory.append(*self.chunk_encoder(hidden_states, layout, history), layout)
             hidden_states = layer(
                 *((hidden_states, memory) if layer.retrieves else (hidden_states,)),
                 layout=layout,

@@ -1,10 +1,11 @@
 """
-The chunk memory: landmarks `[B, C, Hr, d_r]`, keys and values `[B, C, S, Hkv, D]` of all complete chunks. Encoder and
-layers are handed it whole: the encoder appends, layers look at `landmarks` and `fetch` what they retrieved, wherever
-it is kept.
+The chunk memory: landmarks `[B, C, Hr, d_r]`, keys and values `[B, C, S, Hkv, D]` of all complete chunks. What the
+encoder makes is appended; layers are handed it whole, look at `landmarks` and `fetch` what they retrieved, wherever it
+is kept.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,16 @@ class ChunkMemory(State):
         return _MovedMemory(self, device)
 
 
+@dataclass(eq=False)
 class CallMemory(ChunkMemory):
-    """The chunks of one call without a cache, as the encoder made them: gradients flow through them."""
+    """
+    The chunks of one call without a cache, as the encoder made them: gradients flow through them. A dataclass, so that
+    FSDP sees its tensors among the arguments of a layer.
+    """
 
-    def __init__(self, landmarks=None, keys=None, values=None):
-        self.landmarks, self.keys, self.values = landmarks, keys, values
+    landmarks: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
     def append(self, landmarks, keys, values, layout):
         self.landmarks, self.keys, self.values = landmarks, keys, values
