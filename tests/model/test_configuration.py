@@ -394,7 +394,6 @@ def test_every_number_of_rope_is_checked(rope, value):
         ("default", {"mrope_section": [1, 1]}, ("['mrope_section']", "not read")),
         ("default", {"full_attention": {"rope_theta": 1e4}}, ("'full_attention'", "all layers")),
         ("default", {"type": "linear"}, ("['type']", "'linear'", "'default'")),
-        ("linear", {"original_max_position_embeddings": 64}, ("['original_max_position_embeddings']", "not read")),
         ("linear", {"rope_theta": 1.0}, ("['rope_theta']", "above 1")),
         ("llama3", {"high_freq_factor": 1.0}, ("['low_freq_factor']", "less than", "['high_freq_factor']")),
         ("llama3", {"original_max_position_embeddings": 64.0}, ("['original_max_position_embeddings']", "integer")),
