@@ -269,7 +269,7 @@ def test_learning_rates_rise_stay_and_fall():
 
 @pytest.mark.parametrize("file", ["smollm2_135m.json"])
 def test_recipes_are_whole(file):
-    recipe = read_recipe(REPOSITORY / "examples" / "recipes" / file)
+    recipe = read_recipe(REPOSITORY / "examples" / "recipes" / "adaptation" / file)
     assert max(stage["length"] for stage in recipe["stages"]) <= 4096
 
 
