@@ -51,6 +51,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add_material_flags(commands["train"])
     add("--babi", help="folder with en-10k and en")
     add("--chats", help="JSON lines that `chats` wrote")
+    add("--adapter", type=Path, help="begin with the adapter that another run ended with (OUTPUT/adapter)")
     add("--resume", action="store_true", help="go on with the run in --output, if there is one")
     add("--max_seconds", type=float, default=1e9, help="stop and save after so many seconds")
     add("--scale", type=float, default=1.0, help="multiplies the tokens of all stages, also of a run that goes on")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_hsa import HSAForCausalLM, new_parameters
@@ -91,6 +91,29 @@ def save_adapter(model: HSAForCausalLM, folder: Path, base: str, dtype: torch.dt
     config.save_pretrained(folder)
     tensors = {f"base_model.model.{name}": x.to("cpu", dtype, copy=True).contiguous() for name, x in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_adapter(model: HSAForCausalLM, folder: Path) -> None:
+    """
+    Gives a model with low-rank changes what `save_adapter` wrote.
+
+    Raises: ValueError if the adapter is of another model, or its changes are of another rank.
+    """
+    changed = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    trained = dict(_trained(model, changed))
+    saved = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    wrong = sorted(trained.keys() ^ saved.keys()) or [n for n, x in trained.items() if x.shape != saved[n].shape]
+    if wrong:
+        raise ValueError(
+            f"`--adapter`: {folder} does not fit the model of the recipe, whose `model` and `train.rank` must be those "
+            f"that it was trained with: {', '.join(wrong[:3])} are not in both, or of another shape."
+        )
+    for name, tensor in trained.items():
+        tensor.copy_(saved[name])
 
 
 def _trained(model: HSAForCausalLM, changed: dict[str, LowRankLinear]) -> Iterable[tuple[str, torch.Tensor]]:

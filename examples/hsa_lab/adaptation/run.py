@@ -21,7 +21,7 @@ from ..commands import find_device
 from ..results import provenance, write_json
 from .batches import FAMILIES, Batch, Batches
 from .losses import terms
-from .low_rank import add_low_rank, freeze_base, merged_weights, save_adapter
+from .low_rank import add_low_rank, freeze_base, load_adapter, merged_weights, save_adapter
 from .recipe import CHANGEABLE, rate_at, read_recipe
 from .student import Outcome, Student, Teacher, compile_layers, make_optimizers
 
@@ -144,6 +144,10 @@ class Run:
             freeze_base(self.model)
         if recipe["train"]["base"] == "lora":
             add_low_rank(self.model, recipe["train"]["rank"], recipe["train"]["alpha"])
+        if arguments.adapter:
+            if recipe["train"]["base"] != "lora":
+                raise ValueError(f"`--adapter` needs a recipe whose `train.base` is 'lora': {arguments.recipe}.")
+            load_adapter(self.model, arguments.adapter)
         self.teacher = None
         if recipe["losses"]["distill_text"] or recipe["losses"]["distill_chat"]:
             self.teacher = Teacher(base.to(device, self.dtype))

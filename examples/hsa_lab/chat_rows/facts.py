@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 
-from .tables import Attribute, EntityType, Kind, kinds, wordings
+from .tables import Attribute, EntityType, Kind, compounds, kinds, wordings
 from .values import Source
 
 
@@ -85,14 +85,21 @@ class World:
         rng: decides everything.
         kinds_split, wordings_split: other splits for the kinds of fact and for the wordings, to measure what each is
             worth.
+        compounds: share of the attributes that are made up of two words, as compounds.txt says.
     """
 
     def __init__(
-        self, split: str, rng: random.Random, kinds_split: str | None = None, wordings_split: str | None = None
+        self,
+        split: str,
+        rng: random.Random,
+        kinds_split: str | None = None,
+        wordings_split: str | None = None,
+        compounds: float = 0.0,
     ):
         self.source, self.rng = Source(split, rng), rng
         self.split = wordings_split or split
-        self.by_type = _kinds_by_type(kinds_split or split)
+        self.kinds_split, self.compounds = kinds_split or split, compounds
+        self.by_type = _kinds_by_type(self.kinds_split)
         self.entities: list[Entity] = []
         self.facts: list[Fact] = []
         self.order: dict[Fact, int] = {}  # where a fact is told in the text, set by who tells it
@@ -135,7 +142,10 @@ class World:
     def _attributes(self, of: EntityType, count: int) -> list[Attribute]:
         chosen, barred = [], set()
         for attribute in self.rng.sample(self.by_type[of], len(self.by_type[of])):
+            if self.rng.random() < self.compounds:
+                attribute = self.rng.choice(compounds(self.kinds_split))
             if attribute.label not in barred:
+                barred.add(attribute.label)
                 chosen.append(attribute)
                 barred |= attribute.conflicts
             if len(chosen) == count:
@@ -187,9 +197,9 @@ class World:
 
     def _sentence(self, fact: Fact, mention: str, own: bool, mark: str) -> str:
         """The sentence of an answer, with its value or its thing between OPEN and CLOSE."""
-        wording = fact.attribute.statements[0]
-        if not own or fact.attribute.wording_split(wording) not in ("train", self.split):
-            wording = "The {l} of {e} is {v}."
+        wording = "The {l} of {e} is {v}."
+        if own and fact.attribute.wording_split(fact.attribute.statements[0]) in ("train", self.split):
+            wording = fact.attribute.statements[0]
         return _fill(wording, fact, mention, mark)
 
     # -- questions --
@@ -350,6 +360,9 @@ class World:
     def _untold(self, entity: Entity) -> Attribute | None:
         told = [fact.attribute for fact in entity.told.values()]
         barred = {a.label for a in told}.union(*(a.conflicts for a in told))
+        if self.rng.random() < self.compounds:
+            attribute = self.rng.choice(compounds(self.kinds_split))
+            return attribute if attribute.label not in barred else None
         free = [a for a in self.by_type[entity.type] if a.label not in barred]
         return self.rng.choice(free) if free else None
 

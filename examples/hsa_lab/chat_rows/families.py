@@ -11,6 +11,7 @@ from .tables import wordings
 SHORT_ANSWERS = 0.35  # share of the conversations in which the user asks for short answers
 INTRODUCED = 0.6  # share of the conversations that begin with a sentence about the text
 DISTRACTORS = 0.6  # facts that nobody asks for, in relation to the questions
+COMPOUNDS = 0.35  # share of the attributes that are made up
 PAIRED = 0.12  # share of the facts told together with another one of the same thing
 QUESTION_TOKENS = 45  # with its answer and markup, and its sentence in the text: about so many
 
@@ -33,7 +34,7 @@ def ask(world: World, count: int, short: bool, shares: dict[str, float] = QUESTI
 
 def facts_plan(rng: random.Random, questions: int, haystack: str = "books", split: str = "train") -> Plan:
     """Sentences with facts in a long text."""
-    world, short = World(split, rng), rng.random() < SHORT_ANSWERS
+    world, short = World(split, rng, compounds=COMPOUNDS), rng.random() < SHORT_ANSWERS
     wanted = questions + rng.randrange(int(questions * DISTRACTORS) + 1)
     if rng.random() < 0.5:
         world.add(rng.randrange(2, 4), 1, shared=True)
@@ -62,7 +63,7 @@ def document_plan(
     rng: random.Random, questions: int, length: int, kinds: list[str] | None = None, split: str = "train"
 ) -> Plan:
     """One or more made-up documents, with questions about any of their facts, and books around them."""
-    world, short = World(split, rng), rng.random() < SHORT_ANSWERS
+    world, short = World(split, rng, compounds=COMPOUNDS), rng.random() < SHORT_ANSWERS
     room = int((length - questions * QUESTION_TOKENS) * rng.uniform(0.35, 0.85))
     chosen = [rng.choice(kinds or list(DOCUMENTS)) for _ in range(1 if room < 1200 else rng.randrange(1, 5))]
     blocks = []

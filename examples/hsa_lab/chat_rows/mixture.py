@@ -18,6 +18,7 @@ from pathlib import Path
 from .families import document_plan, facts_plan
 from .haystack import Haystack
 from .qa import Passage, qa_plan, read_passages
+from .quotes import quote_plan
 from .rows import Plan, Row, RowBuilder
 from .ruler_forms import ruler_plan
 from .splits import check_split
@@ -26,11 +27,12 @@ from .stories import TASKS, Story, read_stories, story_plan
 
 RECIPE = {
     "families": {
-        "facts": 0.30,
+        "facts": 0.26,
         "facts in code": 0.04,
         "facts in reference": 0.04,
-        "documents": 0.20,
+        "documents": 0.18,
         "qa": 0.08,
+        "quotes": 0.06,
         "stories": 0.12,
         "ruler": 0.12,
         "text": 0.10,
@@ -125,6 +127,8 @@ def make_plan(family: str, materials: Materials, questions: int, length: int, rn
         plan = document_plan(rng, questions, length, split=split)
     elif family == "qa":
         plan = qa_plan(rng, materials.passages, questions, length)
+    elif family == "quotes":
+        plan = quote_plan(rng, materials.builder.haystacks["books"], materials.builder.tokenizer, questions, length)
     elif family == "stories":
         # Half of the rows have stories of one task, as an evaluation has.
         tasks = materials.stories if rng.random() < 0.5 else (rng.choice(list(materials.stories)),)

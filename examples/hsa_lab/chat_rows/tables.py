@@ -1,6 +1,6 @@
 """
-Reads the tables of this folder: words.txt, entities.txt, attributes.txt and wordings.txt. Each says at its top how it
-is written. What they hold is divided among the splits here, once.
+Reads the tables of this folder: words.txt, entities.txt, attributes.txt, compounds.txt and wordings.txt. Each says at
+its top how it is written. What they hold is divided among the splits here, once.
 """
 
 import re
@@ -126,6 +126,29 @@ def attributes() -> tuple[Attribute, ...]:
                     attribute.conflicts |= group - {attribute.label}
         else:
             {"S": found[-1].statements, "Q": found[-1].questions, "R": found[-1].reverse}[mark].append(text)
+    return tuple(found)
+
+
+@cache
+def compounds(split: str) -> tuple[Attribute, ...]:
+    """The attributes of compounds.txt of a split. Labels in which one of another split stands are left out."""
+    parts, name = defaultdict(list), ""
+    for line in _lines("compounds.txt"):
+        if line.startswith("["):
+            name = line.strip("[]")
+        elif name == "modifiers":
+            parts[name] += [word.strip() for word in line.split(",") if word.strip()]
+        else:
+            parts[name].append(tuple(part.strip() for part in line.split("|")))
+    known = {attribute.label for attribute in attributes()}
+    foreign = re.compile(r"\b(" + "|".join(a.label for a in attributes() if a.split != split) + r")\b", re.I)
+    found = []
+    for modifier in dict.fromkeys(parts["modifiers"]):
+        for head, value in parts["heads"]:
+            attribute = Attribute(f"{modifier} {head}", value, ())
+            if modifier not in head and attribute.split == split and attribute.label not in known:
+                if not foreign.search(attribute.label):
+                    found.append(attribute)
     return tuple(found)
 
 
