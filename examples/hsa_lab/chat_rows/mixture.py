@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .families import document_plan, facts_plan
 from .haystack import Haystack
+from .programs import program_plan
 from .qa import Passage, qa_plan, read_passages
 from .quotes import quote_plan
 from .rows import Plan, Row, RowBuilder
@@ -27,11 +28,12 @@ from .stories import TASKS, Story, read_stories, story_plan
 
 RECIPE = {
     "families": {
-        "facts": 0.26,
+        "facts": 0.24,
         "facts in code": 0.04,
         "facts in reference": 0.04,
-        "documents": 0.18,
+        "documents": 0.17,
         "qa": 0.08,
+        "programs": 0.03,
         "quotes": 0.06,
         "stories": 0.12,
         "ruler": 0.12,
@@ -127,6 +129,8 @@ def make_plan(family: str, materials: Materials, questions: int, length: int, rn
         plan = document_plan(rng, questions, length, split=split)
     elif family == "qa":
         plan = qa_plan(rng, materials.passages, questions, length)
+    elif family == "programs":
+        plan = program_plan(rng, questions, length, split)
     elif family == "quotes":
         plan = quote_plan(rng, materials.builder.haystacks["books"], materials.builder.tokenizer, questions, length)
     elif family == "stories":

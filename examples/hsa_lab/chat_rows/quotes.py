@@ -58,7 +58,9 @@ def _question(rng: random.Random, sentences: list[str], number: int) -> Turn | N
         return None
     key = [(number, place)]
     if kind == "blank":
-        rare = [i for i, word in enumerate(words) if i and re.fullmatch(r"[A-Z0-9]\w{2,}|\w{7,}", word.strip(",.;:!?"))]
+        rare = [
+            i for i, word in enumerate(words) if i and re.fullmatch(r"[A-Z0-9]\w{2,}|\w{7,}", word.strip(",.;:!?"))
+        ]
         if not rare:
             return None
         at = rng.choice(rare)
