@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .families import document_plan, facts_plan
+from .families import document_plan, events_plan, facts_plan
 from .haystack import Haystack
 from .qa import Passage, qa_plan, read_passages
 from .rows import Plan, Row, RowBuilder
@@ -26,7 +26,8 @@ from .stories import TASKS, Story, read_stories, story_plan
 
 RECIPE = {
     "families": {
-        "facts": 0.30,
+        "facts": 0.20,
+        "events": 0.10,
         "facts in code": 0.04,
         "facts in reference": 0.04,
         "documents": 0.20,
@@ -121,6 +122,8 @@ def make_plan(family: str, materials: Materials, questions: int, length: int, rn
     split = materials.split
     if family.startswith("facts"):
         plan = facts_plan(rng, questions, family.removeprefix("facts").removeprefix(" in ") or "books", split)
+    elif family == "events":
+        plan = events_plan(rng, questions, split=split)
     elif family == "documents":
         plan = document_plan(rng, questions, length, split=split)
     elif family == "qa":
