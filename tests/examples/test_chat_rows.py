@@ -96,7 +96,7 @@ def worlds(split: str, count: int = 30):
 
 def test_there_are_hundreds_of_kinds_with_many_wordings():
     counts = facts.wording_counts()
-    assert len(counts) >= 400 and len(tables.attributes()) >= 150 and len(tables.entity_types()) >= 70
+    assert len(counts) >= 800 and len(tables.attributes()) >= 300 and len(tables.entity_types()) >= 110
     own = [(len(a.statements), len(a.questions)) for a in tables.attributes()]
     assert (
         min(min(pair) for pair in own) >= 1 and np.mean([s for s, _ in own]) > 2 and np.mean([q for _, q in own]) > 1.7

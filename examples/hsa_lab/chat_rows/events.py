@@ -137,7 +137,10 @@ class Events:
         elif kind == "deadline" and self.rng.random() < 0.3:
             text = self.rng.choice((self.source.word("weekday"), f"the end of {self.source.word('month')}"))
         else:
-            text = self.source.value("date")
+            for _ in range(5):
+                text = self.source.value("date")
+                if mode == "p" or not text[:4].isdigit():
+                    break
             if self.rng.random() < (0.9 if mode == "f" else 0.3):
                 text = re.sub(r"(?<=\w),? \d{4}$", "", text)
         before, words_ = WHEN[kind]
@@ -173,7 +176,8 @@ class Events:
             number, unit = self.rng.randint(int(more[0]), int(more[1])), " ".join(more[2:])
             return f"{number}{unit}" if unit == "%" else f"{number} {unit}", True
         if head in words() and head not in ("place", "city"):
-            return self.source.word(head), False
+            text = self.source.word(head)
+            return text, head in ("food", "crop") and text.endswith("s")
         return self.source.value(spec), head == "int"
 
     def _named(self, text: str) -> str:
