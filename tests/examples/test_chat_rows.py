@@ -267,7 +267,7 @@ def test_actions_and_wordings_of_events_are_of_one_split():
     assert len(verbs["train"]) >= 120 and min(map(len, verbs.values())) >= 8
     for group, forms in table.wordings.items():
         found = [set(clauses.wordings(group, split)) for split in SPLITS]
-        assert (group == "refuse" or all(found)) and set.union(*found) == set(forms)
+        assert (group in ("refuse", "answer") or all(found)) and set.union(*found) == set(forms)
         assert sum(map(len, found)) == len(set(forms))
     for name, pool in table.pools.items():
         found = [set(pool.of(split)) for split in SPLITS]
@@ -342,6 +342,14 @@ def test_documents_tell_events_beside_facts(kind):
         teller = events.Events(world)
         pieces = documents.make_document(kind, world, 500, teller, 0.6)
         found = [(text, fact) for text, facts_of in pieces for fact in facts_of]
+        heads = [(text, fact) for text, fact in found if isinstance(fact, events.Heading)]
+        assert [fact for _, fact in heads] == teller.headings and bool(heads) == (kind not in ("notes", "log"))
+        for text, head in heads:
+            if head.group not in ("minutes was", "minutes number"):
+                assert all(value.lower() in text.lower() for value in head.values)
+            question = teller.ask("heading", seed % 2 == 0)
+            assert question is None or question.expected == question.facts[0].values
+        found = [(text, fact) for text, fact in found if not isinstance(fact, events.Heading)]
         assert {id(fact) for _, fact in found} == {id(fact) for fact in (*world.facts, *teller.told)}
         for text, fact in found:
             told[type(fact)] += 1

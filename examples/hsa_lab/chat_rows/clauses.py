@@ -221,7 +221,7 @@ def table() -> _Table:
     """What events.txt holds. Raises: ValueError for a line of another form."""
     found, sections = _Table(), []
     for line in (FOLDER / "events.txt").read_text(encoding="utf-8").splitlines():
-        if re.match(r"\[(actions|pool|form|ask|refuse)\b", line):
+        if re.match(r"\[(actions|pool|form|ask|refuse|answer)\b", line):
             sections.append((line.strip("[]"), []))
         elif line.startswith("! "):
             group = {verb.strip() for verb in line[2:].split(",")}

@@ -12,13 +12,13 @@ from collections import defaultdict
 from functools import cache
 
 from .clauses import Event
-from .events import Events
+from .events import Events, Heading
 from .facts import Entity, Fact, World
 from .splits import number_split
 from .tables import FOLDER
 
 
-Piece = tuple[str, list[Fact | Event]]
+Piece = tuple[str, list[Fact | Event | Heading]]
 # Characters a token, about, by kind of document: those with many numbers have fewer.
 CHARACTERS = {"log": 1.8, "table": 2.2, "records": 2.5, "code": 2.5, "chat": 2.7}
 OTHER_CHARACTERS = 3.2
@@ -57,7 +57,15 @@ class _Writer:
         """Now and then an event."""
         return self.events.add(style) if self.events and self.events.rng.random() < self.share else None
 
-    def add(self, text: str, facts: list[Fact | Event] | None = None) -> bool:
+    def head(self, text: str, *headings: Heading) -> bool:
+        """Adds a piece with headings, which count where events are told."""
+        found = list(headings) if self.events else []
+        if added := self.add(text, found):
+            if self.events:
+                self.events.headings += found
+        return added
+
+    def add(self, text: str, facts: list[Fact | Event | Heading] | None = None) -> bool:
         """Adds a piece if there is room, and says whether there was."""
         if self.pieces and len(text) > self.room:
             return False
@@ -95,7 +103,9 @@ def _chat(world: World, writer: _Writer) -> None:
     people = [source.word("first") for _ in range(rng.randrange(2, 6))]
     minutes = rng.randrange(480, 1000)
     style = rng.randrange(4)
-    writer.add(f"\n\n{rng.choice(('Chat export', '#general', 'Messages', 'Channel log'))}, {source.value('date')}")
+    date = source.value("date")
+    heading = rng.choice(("Chat export", "#general", "Messages", "Channel log"))
+    writer.head(f"\n\n{heading}, {date}", Heading("chat date", [date]))
     if writer.events:
         writer.events.meet(people)
     for told in _statements(world, writer, "chat", 0.45):
@@ -118,11 +128,17 @@ def _minutes(world: World, writer: _Writer) -> None:
     present = [source.value("name") for _ in range(rng.randrange(3, 6))]
     if writer.events:
         writer.events.meet(present)
-    writer.add(f"\n\n{heading}, {source.value('date')}\nPresent: {', '.join(present)}")
+    date, absent = source.value("date"), source.value("name")
+    asked = [Heading("minutes date", [date]), Heading("minutes present", present)]
+    asked += [Heading("minutes number", [str(len(present))]), Heading("minutes was", ["Yes"], {"x": present[0]})]
+    asked += [Heading("minutes was", ["No"], {"x": absent})] if absent not in present else []
+    writer.head(f"\n\n{heading}, {date}\nPresent: {', '.join(present)}", *asked)
     item, told = 0, _statements(world, writer, "minutes", 0.5)
     while True:
         item += 1
-        if not writer.add(f"\n\n{item}. {source.word('topic').capitalize()}\n" + _filler(world, "minutes")):
+        topic, number = source.word("topic"), str(item)
+        asked = [Heading("item topic", [topic], {"n": number}), Heading("item number", [number], {"x": topic})]
+        if not writer.head(f"\n\n{item}. {topic.capitalize()}\n" + _filler(world, "minutes"), *asked):
             return
         for _ in range(rng.randrange(2, 6)):
             text, facts = next(told) or (_filler(world, "minutes"), [])
@@ -132,7 +148,9 @@ def _minutes(world: World, writer: _Writer) -> None:
 
 def _contract(world: World, writer: _Writer) -> None:
     source, rng = world.source, world.rng
-    writer.add(f"\n\nAGREEMENT\nbetween {source.value('company')} and {source.value('company')}")
+    first, second = source.value("company"), source.value("company")
+    asked = [Heading("contract parties", [first, second]), Heading("contract other", [second], {"x": first})]
+    writer.head(f"\n\nAGREEMENT\nbetween {first} and {second}", *asked)
     clause, told, sign = 0, _statements(world, writer, "contract", 0.45), rng.choice(("§ ", "Clause ", "Article ", ""))
     while True:
         clause += 1
@@ -149,8 +167,11 @@ def _mail(world: World, writer: _Writer) -> None:
     told = _statements(world, writer, "mail", 0.6)
     while True:
         sender, to = source.value("name"), source.value("name")
-        subject = rng.choice(("", "Re: ", "Fwd: ")) + source.word("topic")
-        if not writer.add(f"\n\nFrom: {sender}\nTo: {to}\nSubject: {subject}\n\nDear {to.split()[0]},\n"):
+        topic = source.word("topic")
+        subject = rng.choice(("", "Re: ", "Fwd: ")) + topic
+        asked = [Heading("mail subject", [topic], {"x": sender, "y": to})]
+        asked += [Heading("mail sender", [sender], {"y": to}), Heading("mail recipient", [to], {"x": sender})]
+        if not writer.head(f"\n\nFrom: {sender}\nTo: {to}\nSubject: {subject}\n\nDear {to.split()[0]},\n", *asked):
             return
         for i in range(rng.randrange(3, 8)):
             text, facts = next(told) or (_filler(world, "mail"), [])

@@ -11,6 +11,7 @@ wordings, and clauses.py for the grammar.
 """
 
 import re
+from dataclasses import dataclass, field
 from functools import cache
 
 from .clauses import CLOSE, OPEN, PERSONS, Action, Event, Part, Role, actions, table, wordings
@@ -40,6 +41,7 @@ WHEN = {
 }
 REASON = Role("because ", "", "", (("Why", ""),))
 CAUSE = Role("because of ", "", "", (("Why", ""),))
+HEADINGS = 0.3  # and for heads of documents
 # What kinds of document tell: modes of the events and those who act, or all.
 STYLES = {
     "chat": ("pf", PERSONS),
@@ -49,6 +51,22 @@ STYLES = {
     "notes": ("p", None),
     "log": ("p", ("systems",)),
 }
+
+
+@dataclass(eq=False)
+class Heading:
+    """
+    What the head of a document tells: `values` answer the questions of the group "ask `group`" of events.txt, in which
+    `fields` stand.
+    """
+
+    group: str
+    values: list[str]
+    fields: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.group, *self.fields.values()
 
 
 class Events:
@@ -63,6 +81,7 @@ class Events:
         self.world, self.source, self.rng = world, world.source, world.rng
         self.split = split or world.source.split
         self.told: list[Event] = []
+        self.headings: list[Heading] = []  # set by who tells them
         self._people: list[str] = []
         self._asked: set = set()
 
@@ -110,10 +129,12 @@ class Events:
             found |= self._when(mode)
         if mode != "r" and (len(found) < 3 or rng.random() < 0.3):
             found["reason"] = self._why(action, mode)
-        event = Event(action, mode, found, self._modal(mode))
+        event = Event(action, mode, found, self._modal(action, mode))
         return event if self._is_new(event) else None
 
-    def _modal(self, mode: str) -> tuple[str, str]:
+    def _modal(self, action: Action, mode: str) -> tuple[str, str]:
+        if mode == "r" and "m" in action.modes:
+            return "may", ""
         if mode == "r":
             return self.rng.choice((("does", ""), ("must", ""), ("shall", ""), ("does", "have to")))
         return self.rng.choice((("will", ""), ("will", ""), ("will", ""), ("is", "going to")))
@@ -222,7 +243,7 @@ class Events:
         if "agent" not in event.parts:
             return self._fill(self._form("form passive"), event)
         if event.mode == "r":
-            group = "rule" if event.action.agent.spec == "party" else "any"
+            group = "rule" if event.action.agent.spec == "party" and event.modal[0] != "may" else "any"
         elif event.action.agent.spec in PERSONS and self.rng.random() < 0.6:
             group = "future person" if event.mode == "f" else "past person"
         if event.mode == "f" and group != "any" and self.rng.random() < 0.15:
@@ -258,7 +279,7 @@ class Events:
         said = event.parts
         untimed = [name for name in said if name not in ("time", "deadline")]
 
-        def field(match: re.Match) -> str:
+        def said_by(match: re.Match) -> str:
             name = match[1]
             if name == "clause":
                 return event.clause()
@@ -275,7 +296,7 @@ class Events:
             text = event.verb_phrase({"ger": 4, "pp": 3}.get(name, 0), untimed if name.lower() == "core" else None)
             return text[0].upper() + text[1:] if name[0].isupper() else text
 
-        return self._begin(re.sub(r"\{(\w+)\}", field, form)) if capital else re.sub(r"\{(\w+)\}", field, form)
+        return self._begin(re.sub(r"\{(\w+)\}", said_by, form)) if capital else re.sub(r"\{(\w+)\}", said_by, form)
 
     @staticmethod
     def _begin(text: str) -> str:
@@ -289,19 +310,21 @@ class Events:
     # -- questions --
 
     def questions(self, count: int, short: bool) -> list[Question]:
-        """Up to `count` questions of mixed kinds, in random order."""
-        kinds = self.rng.choices(list(QUESTIONS), list(QUESTIONS.values()), k=count)
+        """Up to `count` questions of mixed kinds, some for headings, in random order."""
+        shares = QUESTIONS | ({"heading": HEADINGS if self.told else 9.0} if self.headings else {})
+        kinds = self.rng.choices(list(shares), list(shares.values()), k=count)
         asked = [self.ask(kind, short) or self.ask("direct", short) for kind in kinds]
         return [question for question in asked if question is not None]
 
     def ask(self, kind: str, short: bool) -> Question | None:
         """A question of a kind in `QUESTIONS` that was not asked before, or None if there is nothing to ask."""
         for _ in range(10):
-            question = getattr(self, "_ask_" + kind)(short) if self.told else None
+            question = getattr(self, "_ask_" + kind)(short) if self.told or kind == "heading" else None
             if question is None:
                 continue
-            key = (kind, question.text) if not question.facts else (kind, id(question.facts[0]), *question.expected)
-            leaked = kind != "check" and any(e.lower() in question.text.lower() for e in question.expected)
+            about, text = [id(fact) for fact in question.facts], question.text.lower()
+            key = (kind, *about, *question.expected) if about else (kind, text)
+            leaked = kind not in ("check", "heading") and any(e.lower() in text for e in question.expected)
             if key not in self._asked and not leaked:
                 self._asked.add(key)
                 if self.rng.random() < FRAMED:
@@ -348,7 +371,8 @@ class Events:
     def _own_questions(event: Event, name: str, role: Role) -> str | None:
         """The group of questions that only fit one part."""
         person = event.action.agent.spec in PERSONS
-        if name == "agent" and role.wh[0][0] == "Who" and (person or event.mode != "f"):
+        own = person if event.mode == "f" else event.modal[0] != "may"
+        if name == "agent" and role.wh[0][0] == "Who" and own:
             return "ask agent " + {"f": "future", "p": "past", "r": "rule"}[event.mode]
         if name == "deadline" and person and "agent" in event.parts:
             return "ask deadline"
@@ -427,6 +451,21 @@ class Events:
         answer = [(word, True), (", ", False), *parts(event.clause(shown, [name]) + ".")]
         return Question("check", text, answer, [event], [word, self._expected(part)])
 
+    def _ask_heading(self, short: bool) -> Question | None:
+        """Who was there, who wrote to whom and so on, where one head only can be meant."""
+        heading = self.rng.choice(self.headings)
+        if sum(other.key == heading.key for other in self.headings) > 1:
+            return None
+        text = self.rng.choice(wordings("ask " + heading.group, self.split)).format(**heading.fields)
+        said = [part for i, value in enumerate(heading.values) for part in ((", ", False), (value, True))][1:]
+        if len(heading.values) > 1:
+            said[-2] = (" and ", False)
+        if not short:
+            form = dict(line.split(": ", 1) for line in table().wordings["answer"])[heading.group]
+            before, after = (part.format(**heading.fields) for part in form.split("{v}"))
+            said = [part for part in ((before, False), *said, (after, False)) if part[0]]
+        return Question("direct", text, said, [heading], heading.values)
+
     def _ask_missing(self, short: bool) -> Question | None:
         """A part that is not told, or any part of what does not happen."""
         way, event = self.rng.random(), self.rng.choice(self.told)
@@ -474,8 +513,8 @@ class Events:
             agent = like.parts.get("agent") if known else self._part(action.agent)
             if told & alike or agent is None or (known and agent.role.spec != action.agent.spec):
                 return None
-        mode = self.rng.choice(action.modes.replace("a", ""))
-        strange = Event(action, mode, {"agent": agent}, self._modal(mode))
+        mode = self.rng.choice([mode for mode in action.modes if mode in "pfr"])
+        strange = Event(action, mode, {"agent": agent}, self._modal(action, mode))
         if action.object is not None:
             thing = like.parts.get("object") if not known else None
             fits = thing is not None and action.object.spec == thing.role.spec

@@ -14,6 +14,7 @@ INTRODUCED = 0.6  # share of the conversations that begin with a sentence about 
 DISTRACTORS = 0.6  # facts that nobody asks for, in relation to the questions
 PAIRED = 0.12  # share of the facts told together with another one of the same thing
 EVENTFUL = 0.6  # share of the rows of documents that tell events, too
+MOST_HEADINGS = 4  # that count as events when questions are dealt out
 QUESTION_TOKENS = 45  # with its answer and markup, and its sentence in the text: about so many
 
 
@@ -86,7 +87,7 @@ def document_plan(
         blocks.append(pieces)
         for i, (_, facts) in enumerate(pieces):
             world.order |= dict.fromkeys(facts, len(blocks) * 1000 + i)
-    happened = len(events.told) if events else 0
+    happened = len(events.told) + min(len(events.headings), MOST_HEADINGS) if events else 0
     if not world.facts and not happened:
         return facts_plan(rng, questions, split=split)
     about_events = round(questions * happened / (happened + len(world.facts)))
