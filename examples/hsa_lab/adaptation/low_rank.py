@@ -109,8 +109,8 @@ def load_adapter(model: HSAForCausalLM, folder: Path) -> None:
     wrong = sorted(trained.keys() ^ saved.keys()) or [n for n, x in trained.items() if x.shape != saved[n].shape]
     if wrong:
         raise ValueError(
-            f"`--adapter`: {folder} does not fit the model of the recipe, whose `model` and `train.rank` must be those "
-            f"that it was trained with: {', '.join(wrong[:3])} are not in both, or of another shape."
+            f"`--adapter`: {folder} does not fit the model of the recipe, whose `model` and `train.rank` must be "
+            f"those that it was trained with: {', '.join(wrong[:3])} are not in both, or of another shape."
         )
     for name, tensor in trained.items():
         tensor.copy_(saved[name])

@@ -11,11 +11,14 @@ import json
 from collections import defaultdict
 from functools import cache
 
+from .clauses import Event
+from .events import Events, Heading
 from .facts import Entity, Fact, World
+from .splits import number_split
 from .tables import FOLDER
 
 
-Piece = tuple[str, list[Fact]]
+Piece = tuple[str, list[Fact | Event | Heading]]
 # Characters a token, about, by kind of document: those with many numbers have fewer.
 CHARACTERS = {"log": 1.8, "table": 2.2, "records": 2.5, "code": 2.5, "chat": 2.7}
 OTHER_CHARACTERS = 3.2
@@ -44,13 +47,25 @@ def _filler(world: World, group: str) -> str:
 
 
 class _Writer:
-    """Collects pieces until they are about as long as asked for."""
+    """Collects pieces until they are about as long as asked for. `events`: told beside the facts, by their share."""
 
-    def __init__(self, characters: float):
+    def __init__(self, characters: float, events: Events | None, share: float):
         self.pieces: list[Piece] = []
-        self.room = characters
+        self.room, self.events, self.share = characters, events, share
 
-    def add(self, text: str, facts: list[Fact] | None = None) -> bool:
+    def event(self, style: str) -> Event | None:
+        """Now and then an event."""
+        return self.events.add(style) if self.events and self.events.rng.random() < self.share else None
+
+    def head(self, text: str, *headings: Heading) -> bool:
+        """Adds a piece with headings, which count where events are told."""
+        found = list(headings) if self.events else []
+        if added := self.add(text, found):
+            if self.events:
+                self.events.headings += found
+        return added
+
+    def add(self, text: str, facts: list[Fact | Event | Heading] | None = None) -> bool:
         """Adds a piece if there is room, and says whether there was."""
         if self.pieces and len(text) > self.room:
             return False
@@ -59,14 +74,17 @@ class _Writer:
         return True
 
 
-def _statements(world: World, share: float = 0.6, types: set[str] | None = None):
+def _statements(world: World, writer: _Writer, style: str, share: float):
     """For ever: a sentence and its facts, or None where a filler should stand."""
     while True:
-        facts = world.add(types=types)
+        facts = world.add()
         world.rng.shuffle(facts)
         while facts:
             if world.rng.random() > share:
                 yield None
+                continue
+            if (event := writer.event(style)) is not None:
+                yield writer.events.state(event), [event]
                 continue
             told = [facts.pop()]
             partner = next((f for f in facts if f.entity is told[0].entity), None)
@@ -85,14 +103,20 @@ def _chat(world: World, writer: _Writer) -> None:
     people = [source.word("first") for _ in range(rng.randrange(2, 6))]
     minutes = rng.randrange(480, 1000)
     style = rng.randrange(4)
-    writer.add(f"\n\n{rng.choice(('Chat export', '#general', 'Messages', 'Channel log'))}, {source.value('date')}")
-    for told in _statements(world, 0.45):
+    date = source.value("date")
+    heading = rng.choice(("Chat export", "#general", "Messages", "Channel log"))
+    writer.head(f"\n\n{heading}, {date}", Heading("chat date", [date]))
+    if writer.events:
+        writer.events.meet(people)
+    for told in _statements(world, writer, "chat", 0.45):
         minutes += rng.randrange(4)
         text, facts = told or (_filler(world, "chat"), [])
-        if facts and rng.random() < 0.4:
+        who, clock = rng.choice(people), _clock(world, minutes)
+        if facts and isinstance(facts[0], Event) and rng.random() < 0.7:
+            who, text = writer.events.line_of_chat(facts[0])
+        elif facts and rng.random() < 0.4:
             opening = ("fyi: ", "btw, ", "for the record: ", "hey, ", "just heard: ", "reminder: ", "ok so: ")
             text = rng.choice(opening) + text
-        who, clock = rng.choice(people), _clock(world, minutes)
         line = (f"[{clock}] {who}: {text}", f"{who} ({clock}): {text}", f"<{who}> {text}", f"{clock} {who} > {text}")
         if not writer.add("\n" + line[style], facts):
             return
@@ -101,12 +125,20 @@ def _chat(world: World, writer: _Writer) -> None:
 def _minutes(world: World, writer: _Writer) -> None:
     source, rng = world.source, world.rng
     heading = rng.choice(("Minutes", "Minutes of the meeting", "Record of the session", "Protocol"))
-    present = ", ".join(source.value("name") for _ in range(rng.randrange(3, 6)))
-    writer.add(f"\n\n{heading}, {source.value('date')}\nPresent: {present}")
-    item, told = 0, _statements(world, 0.5)
+    present = [source.value("name") for _ in range(rng.randrange(3, 6))]
+    if writer.events:
+        writer.events.meet(present)
+    date, absent = source.value("date"), source.value("name")
+    asked = [Heading("minutes date", [date]), Heading("minutes present", present)]
+    asked += [Heading("minutes number", [str(len(present))]), Heading("minutes was", ["Yes"], {"x": present[0]})]
+    asked += [Heading("minutes was", ["No"], {"x": absent})] if absent not in present else []
+    writer.head(f"\n\n{heading}, {date}\nPresent: {', '.join(present)}", *asked)
+    item, told = 0, _statements(world, writer, "minutes", 0.5)
     while True:
         item += 1
-        if not writer.add(f"\n\n{item}. {source.word('topic').capitalize()}\n" + _filler(world, "minutes")):
+        topic, number = source.word("topic"), str(item)
+        asked = [Heading("item topic", [topic], {"n": number}), Heading("item number", [number], {"x": topic})]
+        if not writer.head(f"\n\n{item}. {topic.capitalize()}\n" + _filler(world, "minutes"), *asked):
             return
         for _ in range(rng.randrange(2, 6)):
             text, facts = next(told) or (_filler(world, "minutes"), [])
@@ -116,8 +148,10 @@ def _minutes(world: World, writer: _Writer) -> None:
 
 def _contract(world: World, writer: _Writer) -> None:
     source, rng = world.source, world.rng
-    writer.add(f"\n\nAGREEMENT\nbetween {source.value('company')} and {source.value('company')}")
-    clause, told, sign = 0, _statements(world, 0.45), rng.choice(("§ ", "Clause ", "Article ", ""))
+    first, second = source.value("company"), source.value("company")
+    asked = [Heading("contract parties", [first, second]), Heading("contract other", [second], {"x": first})]
+    writer.head(f"\n\nAGREEMENT\nbetween {first} and {second}", *asked)
+    clause, told, sign = 0, _statements(world, writer, "contract", 0.45), rng.choice(("§ ", "Clause ", "Article ", ""))
     while True:
         clause += 1
         if not writer.add(f"\n\n{sign}{clause}"):
@@ -130,11 +164,14 @@ def _contract(world: World, writer: _Writer) -> None:
 
 def _mail(world: World, writer: _Writer) -> None:
     source, rng = world.source, world.rng
-    told = _statements(world, 0.6)
+    told = _statements(world, writer, "mail", 0.6)
     while True:
         sender, to = source.value("name"), source.value("name")
-        subject = rng.choice(("", "Re: ", "Fwd: ")) + source.word("topic")
-        if not writer.add(f"\n\nFrom: {sender}\nTo: {to}\nSubject: {subject}\n\nDear {to.split()[0]},\n"):
+        topic = source.word("topic")
+        subject = rng.choice(("", "Re: ", "Fwd: ")) + topic
+        asked = [Heading("mail subject", [topic], {"x": sender, "y": to})]
+        asked += [Heading("mail sender", [sender], {"y": to}), Heading("mail recipient", [to], {"x": sender})]
+        if not writer.head(f"\n\nFrom: {sender}\nTo: {to}\nSubject: {subject}\n\nDear {to.split()[0]},\n", *asked):
             return
         for i in range(rng.randrange(3, 8)):
             text, facts = next(told) or (_filler(world, "mail"), [])
@@ -144,7 +181,7 @@ def _mail(world: World, writer: _Writer) -> None:
 
 
 def _notes(world: World, writer: _Writer) -> None:
-    rng, told = world.rng, _statements(world, 0.8)
+    rng, told = world.rng, _statements(world, writer, "notes", 0.8)
     writer.add("\n\n" + rng.choice(("Notes", "Notebook", "What I want to remember", "Diary", "Summary of the week")))
     while True:
         bullet = rng.choice(("- ", "* ", "", ""))
@@ -176,6 +213,12 @@ def _log(world: World, writer: _Writer) -> None:
         facts = world.add(types=TECHNICAL)
         while facts:
             seconds += rng.randrange(1, 40)
+            if (event := writer.event("log")) is not None:
+                while number_split(clock := f"{_clock(world, seconds // 60)}:{seconds % 60:02d}") != source.split:
+                    seconds += 1
+                if not writer.add(f"\n{day} {clock} " + writer.events.line_of_log(event, clock), [event]):
+                    return
+                continue
             stamp = f"\n{day} {_clock(world, seconds // 60)}:{seconds % 60:02d} "
             if rng.random() < 0.5:
                 if not writer.add(stamp + _filler(world, "log")):
@@ -289,16 +332,19 @@ DOCUMENTS = {
 }
 
 
-def make_document(kind: str, world: World, tokens: int) -> list[Piece]:
+def make_document(
+    kind: str, world: World, tokens: int, events: Events | None = None, share: float = 0.5
+) -> list[Piece]:
     """
-    A document of a kind in `DOCUMENTS` of at most about `tokens` tokens, whose facts are new ones of `world`.
+    A document of a kind in `DOCUMENTS` of at most about `tokens` tokens, whose facts are new ones of `world`. Where it
+    consists of sentences, `share` of them tell new ones of `events`.
 
     Raises: ValueError if there is no such kind.
     """
     if kind not in DOCUMENTS:
         raise ValueError(f"There is no kind of document {kind!r}: take one of {', '.join(DOCUMENTS)}.")
-    writer = _Writer(tokens * CHARACTERS.get(kind, OTHER_CHARACTERS))
-    before = len(world.facts)
+    writer = _Writer(tokens * CHARACTERS.get(kind, OTHER_CHARACTERS), events, share)
+    before, happened = len(world.facts), len(events.told) if events else 0
     DOCUMENTS[kind](world, writer)
     if kind in ("table", "records", "profiles") and not writer.pieces[-1][1]:
         writer.pieces.pop()  # a heading with nothing below it
@@ -308,4 +354,6 @@ def make_document(kind: str, world: World, tokens: int) -> list[Piece]:
     for fact in untold:
         fact.entity.told.pop(fact.attribute.label, None)
     world.facts = world.facts[:before] + [fact for fact in world.facts[before:] if id(fact) in told]
+    if events:
+        events.forget([event for event in events.told[happened:] if id(event) not in told])
     return writer.pieces

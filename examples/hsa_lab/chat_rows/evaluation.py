@@ -6,7 +6,7 @@ Questions to evaluate a model with, about things that are not trained on, and wh
         score = sample.score(answer)       # 0 to 1
 
 `KINDS` says what there is: facts in kinds and wordings of the split, or in trained kinds, or in trained wordings;
-questions of passages, scored by F1; and questions that the text does not answer.
+events; questions of passages, scored by F1; and questions that the text does not answer.
 """
 
 import random
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .documents import DOCUMENTS, make_document
+from .events import Events
 from .facts import Question, World
 from .haystack import Haystack
 from .qa import Passage, support
@@ -33,6 +34,7 @@ KINDS = {
     "facts, trained wordings": ("own", "train"),
     "facts, both trained": ("train", "train"),
     "documents": ("own", "own"),
+    "events": ("own", "own"),
     "missing": ("own", "own"),
     "qa": None,
 }
@@ -154,17 +156,21 @@ def make_questions(
 
 def _fact(rng: random.Random, kind: str, split: str, length: int | None):
     kinds, wordings = (split if of == "own" else of for of in KINDS[kind])
-    world = World(split, rng, kinds, wordings)
-    if kind == "documents":
+    world = teller = World(split, rng, kinds, wordings)
+    if kind == "events":
+        teller = Events(world)
+        told = [event for _ in range(HIDDEN_FACTS) if (event := teller.add()) is not None]
+        blocks = [[(f" {world.wrap(teller.state(event))}", [event])] for event in told]
+    elif kind == "documents":
         blocks = [make_document(rng.choice(list(DOCUMENTS)), world, min((length or 1500) // 2, 1500))]
     else:
         while len(world.facts) < HIDDEN_FACTS:
             world.add()
         blocks = [[(f" {world.wrap(world.state([fact]))}", [fact])] for fact in world.facts]
         rng.shuffle(blocks)
-    if not world.facts:
+    if not blocks or not any(facts for block in blocks for _, facts in block):
         return None, "", [], ""
-    question: Question | None = world.ask("missing" if kind == "missing" else "direct", short=False)
+    question: Question | None = teller.ask("missing" if kind == "missing" else "direct", short=False)
     if question is None:
         return None, "", [], ""
     turn = Turn(question.text, question.answer, question.facts, question.kind)

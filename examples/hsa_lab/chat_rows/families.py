@@ -1,9 +1,10 @@
-"""Plans of rows about facts: hidden one by one in a long text, or in a made-up document."""
+"""Plans of rows about facts and events: hidden one by one in a long text, or in a made-up document."""
 
 import random
 
 from .documents import DOCUMENTS, make_document
-from .facts import QUESTIONS, World
+from .events import Events
+from .facts import QUESTIONS, Question, World
 from .rows import Plan, Turn
 from .tables import wordings
 
@@ -13,6 +14,8 @@ INTRODUCED = 0.6  # share of the conversations that begin with a sentence about 
 DISTRACTORS = 0.6  # facts that nobody asks for, in relation to the questions
 COMPOUNDS = 0.35  # share of the attributes that are made up
 PAIRED = 0.12  # share of the facts told together with another one of the same thing
+EVENTFUL = 0.6  # share of the rows of documents that tell events, too
+MOST_HEADINGS = 4  # that count as events when questions are dealt out
 QUESTION_TOKENS = 45  # with its answer and markup, and its sentence in the text: about so many
 
 
@@ -26,10 +29,11 @@ def conversation(rng: random.Random, short: bool) -> dict[str, str]:
 
 
 def ask(world: World, count: int, short: bool, shares: dict[str, float] = QUESTIONS) -> list[Turn]:
-    return [
-        Turn(question.text, question.answer, question.facts, question.kind)
-        for question in world.questions(count, short, shares)
-    ]
+    return _turns(world.questions(count, short, shares))
+
+
+def _turns(questions: list[Question]) -> list[Turn]:
+    return [Turn(question.text, question.answer, question.facts, question.kind) for question in questions]
 
 
 def facts_plan(rng: random.Random, questions: int, haystack: str = "books", split: str = "train") -> Plan:
@@ -59,20 +63,37 @@ def _hide(world: World, rng: random.Random, questions: int, haystack: str, short
     return Plan("facts", blocks, turns, haystack, **conversation(rng, short))
 
 
+def events_plan(rng: random.Random, questions: int, haystack: str = "books", split: str = "train") -> Plan:
+    """Sentences with events in a long text."""
+    world, short = World(split, rng), rng.random() < SHORT_ANSWERS
+    events, blocks = Events(world), []
+    for _ in range(max(2, questions * 2 // 3) + rng.randrange(int(questions * DISTRACTORS) + 1)):
+        if (event := events.add()) is not None:
+            blocks.append([(f" {world.wrap(events.state(event))}", [event])])
+    turns = _turns(events.questions(questions, short))
+    return Plan("events", blocks, turns, haystack, **conversation(rng, short))
+
+
 def document_plan(
     rng: random.Random, questions: int, length: int, kinds: list[str] | None = None, split: str = "train"
 ) -> Plan:
     """One or more made-up documents, with questions about any of their facts, and books around them."""
     world, short = World(split, rng, compounds=COMPOUNDS), rng.random() < SHORT_ANSWERS
     room = int((length - questions * QUESTION_TOKENS) * rng.uniform(0.35, 0.85))
+    events, share = Events(world) if rng.random() < EVENTFUL else None, rng.choice((0.3, 0.6, 0.9))
     chosen = [rng.choice(kinds or list(DOCUMENTS)) for _ in range(1 if room < 1200 else rng.randrange(1, 5))]
     blocks = []
     for kind in chosen:
-        pieces = make_document(kind, world, room // len(chosen))
+        pieces = make_document(kind, world, room // len(chosen), events, share)
         blocks.append(pieces)
         for i, (_, facts) in enumerate(pieces):
             world.order |= dict.fromkeys(facts, len(blocks) * 1000 + i)
-    if not world.facts:
+    happened = len(events.told) + min(len(events.headings), MOST_HEADINGS) if events else 0
+    if not world.facts and not happened:
         return facts_plan(rng, questions, split=split)
-    turns = ask(world, questions, short)
+    about_events = round(questions * happened / (happened + len(world.facts)))
+    turns = ask(world, questions - about_events, short)
+    if about_events:
+        turns += _turns(events.questions(about_events, short))
+        rng.shuffle(turns)
     return Plan("document " + "+".join(sorted(set(chosen))), blocks, turns, "books", **conversation(rng, short))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .families import document_plan, facts_plan
+from .families import document_plan, events_plan, facts_plan
 from .haystack import Haystack
 from .programs import program_plan
 from .qa import Passage, qa_plan, read_passages
@@ -28,10 +28,11 @@ from .stories import TASKS, Story, read_stories, story_plan
 
 RECIPE = {
     "families": {
-        "facts": 0.24,
+        "facts": 0.18,
+        "events": 0.10,
         "facts in code": 0.04,
-        "facts in reference": 0.04,
-        "documents": 0.17,
+        "facts in reference": 0.03,
+        "documents": 0.16,
         "qa": 0.08,
         "programs": 0.03,
         "quotes": 0.06,
@@ -125,6 +126,8 @@ def make_plan(family: str, materials: Materials, questions: int, length: int, rn
     split = materials.split
     if family.startswith("facts"):
         plan = facts_plan(rng, questions, family.removeprefix("facts").removeprefix(" in ") or "books", split)
+    elif family == "events":
+        plan = events_plan(rng, questions, split=split)
     elif family == "documents":
         plan = document_plan(rng, questions, length, split=split)
     elif family == "qa":

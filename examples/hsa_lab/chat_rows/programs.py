@@ -16,9 +16,9 @@ from .values import Source
 
 NOUNS = (
     "file token user order image report cache session record message invoice backup sensor upload job event ticket "
-    "customer archive feed mirror batch query photo thumbnail payment shipment webhook snapshot catalogue queue worker "
-    "device reading map route tile track song video frame lesson exam answer page link comment vote rule filter plugin "
-    "theme font icon layout form field label address contact calendar reminder alarm meter pump valve door lock badge"
+    "customer archive feed mirror batch query photo thumbnail payment shipment webhook snapshot catalogue worker "
+    "device reading map route tile track song video frame lesson exam answer page link comment vote rule filter "
+    "plugin theme font icon layout form field label address contact calendar reminder alarm meter pump valve door lock badge"
 ).split()
 VERBS = {
     "read": "reads", "load": "loads", "send": "sends", "parse": "parses", "fetch": "fetches", "merge": "merges",
@@ -27,7 +27,7 @@ VERBS = {
     "copy": "copies", "move": "moves", "resize": "resizes", "publish": "publishes", "validate": "validates",
     "convert": "converts", "download": "downloads", "print": "prints", "store": "stores", "archive": "archives",
 }  # fmt: skip
-PLACES = "backups cache data exports images inbox logs models outbox photos queue reports sessions spool tmp uploads".split()
+PLACES = "backups cache data exports images inbox logs models outbox photos queue reports spool tmp uploads".split()
 WHEN = (
     "the {n} is missing", "the {n} is empty", "the {n} is locked", "the {n} is too large", "there is no {n}",
     "a {n} has no name", "the quota of the {n} is used up", "the server answers with status {c}", "a {n} occurs twice",
@@ -50,7 +50,7 @@ CONSTANTS = (
     (
         "{N}_INTERVAL",
         "int 2 9000",
-        ("How many seconds are there between two {n}s?", "At what interval are {n}s made?"),
+        ("How many seconds lie between two {n}s?", "At what interval are {n}s made?"),
     ),
     ("DEFAULT_{N}", "word", ("Which {n} is taken by default?", "What is the default {n}?")),
     ("{N}_VERSION", "version", ("Which version of the {n} format is used?", "What version do {n}s have?")),

@@ -23,6 +23,8 @@ SPEECH = re.compile(
     r"(?:(?:said|asked|cried|replied|answered|exclaimed|whispered|returned) (?P<a>(?:(?:Mr|Mrs|Miss|Dr|Sir|Lady)\.? )?"
     r"[A-Z][a-z]+(?: [A-Z][a-z]+)?)|(?P<b>[A-Z][a-z]+(?: [A-Z][a-z]+)?) (?:said|asked|cried|replied|answered))\b"
 )
+MARKS = ",.;:!?"
+RARE = re.compile(r"[A-Z0-9]\w{2,}|\w{7,}")  # words that are left out: others would be guessed
 NAMELESS = {"He", "She", "They", "It", "The", "And", "But", "Then", "There", "Who", "What", "You", "We", "One"}
 
 
@@ -65,7 +67,7 @@ def _question(rng: random.Random, sentences: list[str], number: int) -> Turn | N
             return None
         at = rng.choice(rare)
         start, end = max(0, at - rng.randrange(3, 9)), at + rng.randrange(3, 9)
-        answer = words[at].strip(",.;:!?")
+        answer = words[at].strip(MARKS)
         shown = [*words[start:at], words[at].replace(answer, "____"), *words[at + 1 : end]]
         return _turn(rng, kind, " ".join(shown), answer, key)
     at = rng.randrange(WORDS[0], len(words) - WORDS[0] + 1)
