@@ -18,7 +18,7 @@ NOUNS = (
     "file token user order image report cache session record message invoice backup sensor upload job event ticket "
     "customer archive feed mirror batch query photo thumbnail payment shipment webhook snapshot catalogue worker "
     "device reading map route tile track song video frame lesson exam answer page link comment vote rule filter "
-    "plugin theme font icon layout form field label address contact calendar reminder alarm meter pump valve door lock badge"
+    "plugin theme font icon layout form field label address contact calendar reminder alarm meter pump valve door lock"
 ).split()
 VERBS = {
     "read": "reads", "load": "loads", "send": "sends", "parse": "parses", "fetch": "fetches", "merge": "merges",
