@@ -161,7 +161,11 @@ class Results:
             "type": model.config.model_type,
             "parameters": model.num_parameters(),
         }
-        self.content["arguments"] = {k: _plain(v) for k, v in vars(arguments).items() if k not in ("model", "output")}
+        if getattr(arguments, "base", None):
+            self.content["base"] = Path(arguments.base).name
+        self.content["arguments"] = {
+            k: _plain(v) for k, v in vars(arguments).items() if k not in ("model", "base", "output")
+        }
         self.content["arguments"]["config"] = dict(arguments.config)
         self.content["rows"] = []
 
@@ -182,10 +186,12 @@ class Results:
         """Tasks by lengths: accuracy in percent, with its interval."""
         lengths = sorted({row["length"] for row in self.rows})
         cells = {(row["task"], row["length"]): row for row in self.rows}
-        lines = [f"{'':18}" + "".join(f"{short(length):>18}" for length in lengths)]
-        for task in dict.fromkeys(row["task"] for row in self.rows):
+        tasks = dict.fromkeys(row["task"] for row in self.rows)
+        wide = max(18, *(len(task) + 2 for task in tasks))
+        lines = [" " * wide + "".join(f"{short(length) if length else 'alone':>18}" for length in lengths)]
+        for task in tasks:
             texts = [_cell(cells.get((task, length))) for length in lengths]
-            lines.append(f"{task:18}" + "".join(f"{text:>18}" for text in texts))
+            lines.append(f"{task:{wide}}" + "".join(f"{text:>18}" for text in texts))
         return "\n".join(lines)
 
 

@@ -108,7 +108,8 @@ class Perplexity(Evaluation):
                 "has no other text: give more text or leave that length out"
             )
         self.places = Places(document_bounds(self.haystack, self.tokenizer.eos_token_id), arguments.lengths)
-        self.shortest = {}  # number of scored tokens -> shortest length with so many, and the losses of its samples
+        # (model, number of scored tokens) -> shortest length with so many, and the losses of its samples
+        self.shortest = {}
 
     def run(self) -> None:
         self.results.content["text"] = {"tokens": len(self.haystack), "within": self.places.within}
@@ -153,7 +154,7 @@ class Perplexity(Evaluation):
                 records[-1]["bytes"] = text_bytes(self.tokenizer, row[-count:])
         losses = [record["loss"] for record in records]
         bits = [count * loss / math.log(2) for loss in losses]
-        base, base_losses = self.shortest.setdefault(count, (length, losses))
+        base, base_losses = self.shortest.setdefault((self.model, count), (length, losses))
         loss, change = interval(losses), interval([a - b for a, b in zip(losses, base_losses)])
         row = {
             "scored_tokens": count,
