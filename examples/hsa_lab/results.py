@@ -175,6 +175,9 @@ class Results:
 
     def add(self, task: str, length: int, row: dict, records: Sequence[dict] = ()) -> None:
         self.rows.append({"task": task, "length": length} | row | ({"records": columns(records)} if records else {}))
+        self.write()
+
+    def write(self) -> None:
         # One line a row: readable, and small with thousands of records.
         rows = ",\n".join(json.dumps(row) for row in self.rows)
         head = json.dumps(

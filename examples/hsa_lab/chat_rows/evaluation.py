@@ -201,11 +201,12 @@ def _facts(
 
 def _passages(passages: tuple[Passage, ...], first: int, questions: int, seed: int) -> tuple[Plan | None, list[Asked]]:
     """
-    The questions from number `first` on, in an order that is always the same, each with its passage, of which there
-    are no two that could be confused.
+    The questions from number `first` on, in an order that is always the same and that each seed begins elsewhere, each
+    with its passage, of which there are no two that could be confused.
     """
     known = [(p, q, a) for p in passages for q, a in p.questions if a]
-    random.Random(f"qa {seed}").shuffle(known)
+    random.Random("qa").shuffle(known)
+    first += seed * len(known) // 3  # so that seeds 0 to 2 share questions only where they ask more than a third
     blocks, turns, asked, seen = [], [], [], set()
     for number in range(first, first + questions):
         passage, question, answer = known[number % len(known)]

@@ -49,6 +49,11 @@ class Question:
     record: dict = field(default_factory=dict)
 
 
+def labelled(text: str, model: str) -> str:
+    """What rows of a model are called: "facts", and "facts, base"."""
+    return f"{text}, {model}" if model else text
+
+
 class Evaluation:
     """
     One model on the tasks of one kind. A subclass says `question`, or `records` where there is more to a row than
@@ -59,6 +64,7 @@ class Evaluation:
     tasks: ClassVar[tuple[str, ...]]  # that `--tasks` may name
     lengths: ClassVar[tuple[int, ...]] = (4096,)  # default of `--lengths`
     needs_haystack: ClassVar[bool] = True
+    asks: ClassVar[bool] = True  # questions, that is, and has the flags that say how many at once
     forms: ClassVar[tuple[str, ...]] = ("text",)  # of prompts: "text", that is continued, "chat", or either
     haystack_tokens: ClassVar[int | None] = None  # of which no more are read than so many, or twice the longest prompt
 
@@ -80,17 +86,18 @@ class Evaluation:
         )  # fmt: skip
         group.add_argument("--base", help="another model, folder or Hub id, to measure beside the first")
         group.add_argument("--base_length", type=at_least(1), default=8192, help="tokens of its longest texts")
-        group.add_argument(
-            "--most_read", type=at_least(1), metavar="TOKENS",
-            help="of the texts of a task, length and seed: of longer texts fewer samples, at least one",
-        )  # fmt: skip
-        group.add_argument(
-            "--questions_of_text", type=at_least(1), default=10, help=f"about one text, from {LONG:,} tokens on"
-        )
-        group.add_argument(
-            "--batch_tokens", type=at_least(0),
-            help=f"of prompts read at once; 0: one prompt at a time (default: {BATCH_TOKENS} on a GPU, else 0)",
-        )  # fmt: skip
+        if cls.asks:
+            group.add_argument(
+                "--most_read", type=at_least(1), metavar="TOKENS",
+                help="of the texts of a task, length and seed: of longer texts fewer samples, at least one",
+            )  # fmt: skip
+            group.add_argument(
+                "--questions_of_text", type=at_least(1), default=10, help=f"about one text, from {LONG:,} tokens on"
+            )
+            group.add_argument(
+                "--batch_tokens", type=at_least(0),
+                help=f"of prompts read at once; 0: one prompt at a time (default: {BATCH_TOKENS} on a GPU, else 0)",
+            )  # fmt: skip
         if "chat" in cls.forms:
             group.add_argument("--split", choices=SPLITS[1:], default="test", help="of what chats are asked about")
         if cls.forms == ("text", "chat"):
@@ -111,7 +118,7 @@ class Evaluation:
     def __init__(self, arguments: argparse.Namespace, model, tokenizer):
         self.arguments, self.model, self.tokenizer = arguments, model, tokenizer
         self.chat = self.find_chat()
-        if arguments.batch_tokens is None:
+        if self.asks and arguments.batch_tokens is None:
             arguments.batch_tokens = BATCH_TOKENS if model.device.type == "cuda" else 0
         self.reader = make_reader(model, arguments.segment, arguments.offload)
         self.readers = {"": self.reader}
@@ -164,7 +171,7 @@ class Evaluation:
         for name, reader in self.readers.items():
             if not name or length <= self.arguments.base_length:
                 self.reader, self.model = reader, reader.model
-                self.evaluate_one(task, length, f"{task}, {name}" if name else task)
+                self.evaluate_one(task, length, labelled(task, name))
 
     def evaluate_one(self, task: str, length: int, label: str) -> None:
         """Adds a row. Where memory does not suffice it says so, and the other rows are measured."""
@@ -220,7 +227,7 @@ class Evaluation:
     def batches(self, task: str, length: int, size: int = 1) -> Iterator[list[tuple[int, int]]]:
         """Lists of up to `size` pairs (seed, index) of one cell, under a progress bar."""
         samples = self.arguments.samples
-        if self.arguments.most_read is not None:
+        if self.asks and self.arguments.most_read is not None:
             samples = min(samples, max(1, self.arguments.most_read // max(length, 1)))
         pairs = [(seed, index) for seed in self.arguments.seeds for index in range(samples)]
         with tqdm(total=len(pairs), desc=f"{task} {short(length)}", unit="sample") as bar:

@@ -80,6 +80,7 @@ def bucket_edges(length: int) -> list[int]:
 
 class Perplexity(Evaluation):
     name, tasks, lengths = "ppl", ("last", "foreign", "positions"), tuple(2**i for i in range(9, 16))
+    asks = False
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from ..tasks.retrieval import RetrievalTasks, Sample
 from ..tasks.retrieval_chat import ANSWER_TOKENS, ChatRetrieval
 from ..tasks.ruler import RulerTasks, string_match_all
 from ..tokens import first_ids, sample_rng
-from .harness import Evaluation, Question
+from .harness import Evaluation, Question, labelled
 
 
 ONE_NEEDLE = ("s_niah", "niah_single_1", "niah_single_2", "niah_single_3")
@@ -86,6 +86,8 @@ class Paper(Retrieval):
         )  # fmt: skip
 
     def prepare(self) -> None:
+        if self.chat is None and self.arguments.digits:
+            raise ValueError("`--digits` is for chats: leave it out, or pass `--chat yes`")
         self.generator = RetrievalTasks(self.tokenizer, pool_seed=POOL_SEED)
         if self.chat is not None:
             self.asker = ChatRetrieval(self.generator, self.chat, self.arguments.split, self.arguments.digits)
@@ -145,8 +147,8 @@ class Ruler(Retrieval):
             --output out/ruler
 
     As `hsa_lab/tasks/ruler.py` says, in either form; in a chat, words, numbers and UUIDs are those of `--split`, and
-    none that rows of training are made of. Writes ruler.json; the rest is as
-    with `paper`.
+    none that rows of training are made of. Writes ruler.json, with the `average` of the tasks at each length; the rest
+    is as with `paper`.
     """
 
     name, tasks, needs_haystack = "ruler", ruler.TASKS, False
@@ -180,3 +182,20 @@ class Ruler(Retrieval):
             score = partial(string_match_all, outputs=prompt.outputs)
             found.append(Question(prompt.tokens, prompt.answer_tokens, score, prompt.values, record))
         return found
+
+    def draw(self) -> None:
+        """Also the average of the tasks, by length, which is printed and written."""
+        super().draw()
+        averages = {}
+        for name in self.readers:
+            labels = [labelled(task, name) for task in self.arguments.tasks]
+            for length in self.arguments.lengths:
+                found = [
+                    row["accuracy"] for row in self.results.rows
+                    if row["length"] == length and row["task"] in labels and "accuracy" in row
+                ]  # fmt: skip
+                if len(found) == len(labels):
+                    averages[labelled(str(length), name)] = sum(found) / len(found)
+        self.results.content["average"] = averages
+        self.results.write()
+        print("average of the tasks:", ", ".join(f"{key}: {100 * value:.1f}" for key, value in averages.items()))
