@@ -12,6 +12,8 @@ is that of one. Every command writes a file of results with hardware, versions, 
 of every sample.
 """
 
+from argparse import Namespace
+
 from hsa_lab.commands import add_commands, make_parser, run
 from hsa_lab.evaluation import babilong, chat, perplexity, wordings
 from hsa_lab.evaluation.questions import Facts, Passages
@@ -31,12 +33,16 @@ EVALUATIONS = {
 }
 
 
-def main(words: list[str] | None = None) -> None:
+def parse_arguments(words: list[str] | None) -> Namespace:
     parser = make_parser(__doc__)
     commands = add_commands(parser, {name: doc for name, (_, doc) in EVALUATIONS.items()})
     for name, (kind, _) in EVALUATIONS.items():
         kind.add_arguments(commands[name])
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
     kind, _ = EVALUATIONS[arguments.command]
     kind.check(arguments)
     kind(arguments, *load(arguments)).run()

@@ -1,6 +1,8 @@
 """Evaluations of chat models: prompts in the chat template, questions that share a text, a base measured beside."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import evaluate
@@ -25,6 +27,7 @@ from hsa_lab.tasks.retrieval_chat import ANSWER_TOKENS, ChatRetrieval
 from hsa_lab.tasks.ruler import TASKS, RulerTasks, words_of_split
 from hsa_lab.tokens import encode
 from modeling_hsa import convert_to_hsa
+from tests.commands import REPOSITORY
 
 from .test_babilong_perplexity import babi_file
 from .test_chat_rows import write_qa
@@ -332,3 +335,26 @@ def test_other_models_have_no_chat(folder, tmp_path):
     for command in (["facts"], ["paper", "--chat", "yes"]):
         with pytest.raises(ValueError, match="no chat template"):
             run(folder, tmp_path, *command, "--model", tmp_path / "plain", "--lengths", 300)
+
+
+@pytest.mark.parametrize("what", ["quick", "table", "base"])
+def test_the_commands_of_the_recipe_are_commands(folder, tmp_path, what):
+    """`evaluate.sh`, with another `python` that writes down what it is called with."""
+    (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >"$OUTPUT/$BASHPID.words"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "books-validation.npy").write_bytes((folder / "books-test.npy").read_bytes())
+    (tmp_path / "books-test.npy").write_bytes((folder / "books-test.npy").read_bytes())
+    given = {"MODEL": "model", "BASE": "base", "QA": "qa.jsonl.gz", "BABI": "babi", "CHATS": "chats.jsonl"}
+    given = {name: str(folder / file) for name, file in given.items()} | {"WORDS": str(folder / "words.json")}
+    given |= {"STREAMS": str(tmp_path), "OUTPUT": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = REPOSITORY / "examples" / "recipes" / "adaptation" / "evaluate.sh"
+    subprocess.run(["bash", script, what], env={**os.environ, **given}, check=True)
+    called = [file.read_text().splitlines() for file in tmp_path.glob("*.words")]
+    assert len(called) == {"quick": 7, "table": 7, "base": 5}[what]
+    for file, *flags in called:
+        assert file == "examples/evaluate.py"
+        arguments = evaluate.parse_arguments(flags)
+        split = "validation" if what == "quick" else "test"
+        assert arguments.command == "chat" or arguments.haystack == [tmp_path / f"books-{split}.npy"]
+        assert getattr(arguments, "split", split) == split
+        assert Path(arguments.output).is_dir()
