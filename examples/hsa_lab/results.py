@@ -137,9 +137,10 @@ def summarise(records: Sequence[dict]) -> dict:
 
 
 def columns(records: Sequence[dict]) -> dict[str, list]:
-    """Records, all of the same fields, as one list a field: compact in JSON."""
+    """Records as one list a field, None where one lacks it: compact in JSON."""
     rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()} for record in records]
-    return {name: [record[name] for record in rounded] for name in rounded[0]} if rounded else {}
+    names = dict.fromkeys(name for record in rounded for name in record)
+    return {name: [record.get(name) for record in rounded] for name in names}
 
 
 # -- files --

@@ -284,6 +284,7 @@ def test_answers_belong_to_their_questions(folder, tmp_path, monkeypatch, tokeni
     rows = run(folder, tmp_path, "facts", *words)["rows"]
     assert {"facts", "facts, trained kinds", "documents", "missing"} <= {row["task"] for row in rows} < set(KINDS)
     assert [row["accuracy"] for row in rows] == [1.0] * len(rows) and rows[0]["samples"] == 4
+    assert [row["refused"] for row in rows] == [float(row["task"] == "missing") for row in rows]
 
 
 def test_passages_are_asked_about_alone_and_in_books(folder, tmp_path, capsys):

@@ -16,7 +16,7 @@ from hsa_lab.evaluation.harness import Evaluation
 from hsa_lab.evaluation.retrieval import ONE_NEEDLE, Paper
 from hsa_lab.evaluation.wordings import Wordings
 from hsa_lab.reading import CACHE, Reader, RetrievalRecorder, make_reader, retrieval_recall
-from hsa_lab.results import summarise, wilson
+from hsa_lab.results import columns, summarise, wilson
 from hsa_lab.tokens import encode
 from tests.models import tiny_model
 
@@ -198,6 +198,10 @@ def test_ruler_answers_are_matched(build, folders, monkeypatch):
         answers = iter(encode(TOKENIZER, f" they are {', '.join(x)}. And then") for x in outputs)
         monkeypatch.setattr(Reader, "generate", lambda *_, answers=answers: (next(answers), nothing))
         assert [record["score"] for record in protocol.records(task, 2000)] == [score, score]
+
+
+def test_records_become_columns():
+    assert columns([{"a": 1}, {"b": 0.123456}]) == {"a": [1, None], "b": [None, 0.1235]}
 
 
 def test_wilson_interval():

@@ -213,7 +213,7 @@ class Evaluation:
                 answer = self.tokenizer.decode(new[: question.most], skip_special_tokens=True)
                 record = {"seed": seed, "index": index, "score": float(question.score(answer))}
                 record |= self.recall(chunks, question.needles, slice(0, question.most))
-                records.append(record | {"answer": answer.strip()[:200]} | question.record)
+                records.append(record | {"answer": answer.strip()[:400]} | question.record)
         return records
 
     def recall(

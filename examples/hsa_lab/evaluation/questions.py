@@ -5,7 +5,7 @@ Questions in plain words about long texts, to chat models: made-up facts and doc
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from ..chat_rows.evaluation import KINDS, Sample, make_texts
+from ..chat_rows.evaluation import KINDS, Sample, is_refusal, make_texts
 from ..chat_rows.haystack import Haystack
 from ..chat_rows.qa import Passage, read_passages
 from ..commands import at_least, existing_file
@@ -48,6 +48,11 @@ class Questions(Evaluation):
             for sample in made[index]
         ]  # fmt: skip
 
+    def row(self, task: str, length: int) -> tuple[dict, list[dict]]:
+        """Also the share of the answers that say that the text does not tell, as only those of `missing` should."""
+        row, records = super().row(task, length)
+        return row | {"refused": sum(is_refusal(record["answer"]) for record in records) / len(records)}, records
+
     def kind(self, task: str) -> str:
         """The kind of `KINDS` that a task has questions of."""
         return task
@@ -62,8 +67,9 @@ class Facts(Questions):
 
     Of things, kinds of fact and wordings that are not trained on (`facts`), of kinds that are (`facts, trained kinds`,
     ...), in made-up documents (`documents`), and of what the text does not tell (`missing`), where an answer is right
-    that says so. Others are right if they contain the value as whole words. As `hsa_lab/chat_rows/evaluation.py` says;
-    the haystack has to be of books of the same `--split`. Greedy answers, which are all in facts.json.
+    that says so (`refused` of a row is the share of such answers). Others are right if they contain the value as whole
+    words. As `hsa_lab/chat_rows/evaluation.py` says; the haystack has to be of books of the same `--split`. Greedy
+    answers, which are all in facts.json.
     """
 
     name, tasks = "facts", tuple(kind for kind in KINDS if kind != "qa")
