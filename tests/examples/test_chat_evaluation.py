@@ -201,7 +201,7 @@ def test_stories_are_asked_in_turns(tokenizer, stream):
 # -- questions about one text --
 
 
-@pytest.mark.parametrize("kind", ["facts", "documents", "missing", "qa"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "trained" not in kind])
 def test_several_questions_of_a_text_are_as_one_would_be(folder, tokenizer, stream, kind):
     books, passages = Haystack(stream, tokenizer), read_passages(folder / "qa.jsonl.gz", "test")
     texts = make_texts(kind, tokenizer, books, 3000, 4, passages=passages)
