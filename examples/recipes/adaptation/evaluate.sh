@@ -7,8 +7,9 @@
 #     bash examples/recipes/adaptation/evaluate.sh table    # test, 4K, 64K and 1M tokens, three seeds: once, at the end
 #     bash examples/recipes/adaptation/evaluate.sh base     # test, the base beside the model, 1K to 8K tokens
 #
-# Every command writes a file of its own, after every row, so that a run that is cut short keeps what it has. Three or
-# more run at a time: while one generates, which leaves most of a GPU idle, another reads.
+# WORDS has RULER's lists of nouns, adjectives and verbs (wonderwords). Every command writes a file of its own, after
+# every row, so that a run that is cut short keeps what it has. Three or more run at a time: while one generates, which
+# leaves most of a GPU idle, another reads.
 set -u
 cd "$(dirname "$0")/../../.."
 
@@ -36,13 +37,13 @@ table)
   # Of a task and seed at most 3 texts of 64K tokens, and one of 1M.
   asked=("${books[@]}" "${lengths[@]}" --seeds 0 1 2 --most_read 196608)
   { measure table/facts facts "${asked[@]}" --samples 34
-    measure table/ppl ppl "${books[@]}" "${lengths[@]}" --tasks last --samples 8 --base "$BASE"
-    measure table/chat chat "${model[@]}" --base "$BASE" --chats "$CHATS"; } &
+    measure table/chat chat "${model[@]}" --base "$BASE" --chats "$CHATS"
+    measure table/ppl ppl "${books[@]}" "${lengths[@]}" --tasks last --samples 6 --base "$BASE"
+    measure table/s_niah paper "${books[@]}" --tasks s_niah --lengths 65536 1048576 --seeds 3 4 5 --samples 3; } &
   { measure table/qa qa "${asked[@]}" --qa "$QA" --samples 31 --base "$BASE"
     measure table/paper paper "${asked[@]}" --samples 34
     measure table/babilong babilong "${asked[@]}" --babi "$BABI" --samples 34; } &
-  { measure table/ruler ruler "${asked[@]}" --words "$WORDS" --samples 16
-    measure table/s_niah paper "${books[@]}" --tasks s_niah --lengths 65536 1048576 --seeds 3 4 5 --samples 3; } &
+  measure table/ruler ruler "${asked[@]}" --words "$WORDS" --samples 16 &
   ;;
 base)
   asked=("${model[@]}" --haystack "$STREAMS/books-test.npy" --seeds 0 1 2 --base "$BASE")
