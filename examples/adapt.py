@@ -1,12 +1,12 @@
 """
-Turn a pretrained chat model into an HSA model with a long memory: sample chats from it, train, measure.
+Turn a pretrained chat model into an HSA model with a long memory: sample chats from it, train.
 
     python examples/adapt.py chats --base out/smollm2 --output out/chats.jsonl
     python -m hsa_lab.chat_rows.prepare streams ...          # in the folder examples
     python examples/adapt.py train --recipe examples/recipes/adaptation/smollm2_135m.json --base out/smollm2 \\
         --streams out/streams --chats out/chats.jsonl --output out/hsa-smollm2
-    python examples/adapt.py evaluate --model out/hsa-smollm2/model --base out/smollm2 --streams out/streams \\
-        --output out/hsa-smollm2/answers.json
+
+What came of it is measured by `evaluate.py`.
 """
 
 import argparse
@@ -16,22 +16,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsa_lab.adaptation import answers, chats
+from hsa_lab.adaptation import chats
 from hsa_lab.adaptation import run as training
-from hsa_lab.chat_rows.evaluation import KINDS
-from hsa_lab.chat_rows.splits import SPLITS
 from hsa_lab.commands import add_commands, add_device_flag, at_least, find_device, make_parser, run
-
-
-def add_material_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--streams", type=Path, required=True, help="folder of `hsa_lab.chat_rows.prepare streams`")
-    parser.add_argument("--qa", help="train.jsonl.gz with passages and questions")
-    parser.add_argument("--tokenizer", help="folder or Hub id, if it is not with the model")
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    docs = {"chats": chats.__doc__, "train": training.__doc__, "evaluate": answers.__doc__}
+    docs = {"chats": chats.__doc__, "train": training.__doc__}
     commands = add_commands(parser, docs)
     add = commands["chats"].add_argument
     add("--base", required=True, help="chat model, folder or Hub id")
@@ -48,7 +40,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--recipe", type=Path, required=True, help="JSON file")
     add("--base", required=True, help="the model to convert, a folder or Hub id")
     add("--output", type=Path, required=True, help="folder for the model and all else")
-    add_material_flags(commands["train"])
+    add("--streams", type=Path, required=True, help="folder of `hsa_lab.chat_rows.prepare streams`")
+    add("--qa", help="train.jsonl.gz with passages and questions")
+    add("--tokenizer", help="folder or Hub id, if it is not with the model")
     add("--babi", help="folder with en-10k and en")
     add("--chats", help="JSON lines that `chats` wrote")
     add("--adapter", type=Path, help="begin with the adapter that another run ended with (OUTPUT/adapter)")
@@ -62,26 +56,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--workers", type=at_least(0), default=2, help="processes that make batches")
     add("--log_every", type=at_least(1), default=25, help="batches")
     add("--compile", action="store_true", help="compile each kind of layer, which takes up to a minute a stage")
-
-    add = commands["evaluate"].add_argument
-    add("--model", required=True, help="HSA model, folder or Hub id")
-    add("--base", help="the model that it was converted from")
-    add_material_flags(commands["evaluate"])
-    add("--chats", help="conversations of the base that were not trained on")
-    add("--most_chats", type=at_least(1), default=300, help="how many of them to measure on")
-    add("--output", type=Path, required=True, help="JSON file")
-    add("--split", choices=SPLITS, default="validation")
-    add("--kinds", nargs="+", choices=list(KINDS), default=["facts", "facts, trained kinds", "documents", "missing"])
-    add("--lengths", nargs="+", type=at_least(128), default=[1024, 4096, 16384, 65536], help="tokens of a text")
-    add("--questions", type=at_least(1), default=64, help="of a kind and length")
-    add("--least", type=at_least(1), default=16, help="questions, of the longest texts")
-    add("--most_read", type=at_least(1), default=2**21, help="tokens that a model reads for a kind and length")
-    add("--base_length", type=at_least(1), default=8192, help="longest text for the base")
-    add("--perplexity_lengths", nargs="*", type=at_least(128), default=[4096, 16384])
-    add("--windows", type=at_least(1), default=32, help="of a perplexity")
-    add("--answer_tokens", type=at_least(1), default=48, help="of the longest answer")
-    add("--batch_tokens", type=at_least(1), default=2**18, help="tokens of prompts read at once")
-    add("--seed", type=int, default=0, help="of the questions")
     for command in commands.values():
         add_device_flag(command)
     return parser.parse_args(words)
@@ -104,10 +78,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = parse_arguments(words)
     if arguments.command == "chats":
         sample(arguments)
-    elif arguments.command == "train":
-        training.Run(arguments).run()
     else:
-        answers.evaluate(arguments)
+        training.Run(arguments).run()
 
 
 if __name__ == "__main__":

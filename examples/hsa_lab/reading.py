@@ -3,6 +3,7 @@ Reading texts of any length: in segments, into the cache of the model's family, 
 of one segment; then scoring their last tokens or continuing them, with a record of what was retrieved.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 
 SEGMENT = 4096
+COPIED = 2**24  # tokens whose memory is copied, at most, to ask several questions about a text at once
 CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"  # the latter up to Transformers 5.23
 
 
@@ -117,6 +119,61 @@ class Reader:
             )
         return tokens[0, length:].tolist(), recorder
 
+    def generate_on_text(
+        self, prompts: Sequence[torch.Tensor], count: int, **options
+    ) -> list[tuple[list[int], torch.Tensor | None]]:
+        """
+        Greedy continuations of prompts [L] that begin alike, by up to `count` tokens each. The beginning is read once,
+        and what differs goes on from forks of its cache, as many at once as would take the memory of `COPIED` tokens.
+
+        Returns: of each prompt the new token ids, and the chunks that the tokens before them retrieved, if any.
+        """
+        if len(prompts) == 1:
+            tokens, recorder = self.generate(prompts[0][None], count, **options)
+            return [(tokens, None if recorder.chunks is None else recorder.chunks[0])]
+        shared = common_beginning(prompts)
+        cache, found = self.read(prompts[0][None, :shared]), []
+        rows = max(1, COPIED // max(shared, 1))
+        for first in range(0, len(prompts), rows):
+            found += self._generate_rows(prompts[first : first + rows], count, shared, self.fork(cache), options)
+        return found
+
+    def generate_batch(
+        self, prompts: Sequence[torch.Tensor], count: int, **options
+    ) -> list[tuple[list[int], torch.Tensor | None]]:
+        """As `generate_on_text`, of prompts [L] that share nothing and are read at once."""
+        return self._generate_rows(prompts, count, 0, None, options)
+
+    @torch.inference_mode()
+    def _generate_rows(self, prompts: Sequence[torch.Tensor], count: int, shared: int, cache, options: dict):
+        """Continues prompts of which `cache` holds the first `shared` tokens. They end together."""
+        if cache is not None:
+            cache.batch_repeat_interleave(len(prompts))
+            options = {**options, CACHE: cache}
+        length = max(map(len, prompts))
+        ids = prompts[0].new_zeros(len(prompts), length)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            for part in (slice(0, shared), slice(length - len(prompt) + shared, length)):
+                mask[row, part] = 1
+            ids[row, mask[row].bool()] = prompt
+        with self.record(length - 1 - shared) as recorder:
+            tokens = self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=count, do_sample=False,
+                pad_token_id=self.model.generation_config.pad_token_id or 0, **options,
+            )  # fmt: skip
+        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        found = []
+        for row, new in enumerate(tokens[:, length:].tolist()):
+            new = new[: next((i for i, token in enumerate(new, 1) if token in ends), len(new))]
+            found.append((new, None if recorder.chunks is None else recorder.chunks[row, : len(new)]))
+        return found
+
+    def fork(self, cache):
+        """A cache that goes on from what `cache` holds, without changing it."""
+        return copy.deepcopy(cache)
+
 
 class HSAReader(Reader):
     """Reads into an `HSACache` with room for the whole text, so that it never grows by copying."""
@@ -135,6 +192,9 @@ class HSAReader(Reader):
         cache.reserve(tokens)
         return cache
 
+    def fork(self, cache):
+        return cache.fork()
+
     def record(self, start: int) -> "RetrievalRecorder":
         return RetrievalRecorder(self.model.base_model, start)
 
@@ -145,6 +205,13 @@ READERS = {"hsa": HSAReader}  # by model type
 def make_reader(model: PreTrainedModel, segment: int = SEGMENT, offload: bool = False) -> Reader:
     """The reader of the model's family."""
     return READERS.get(model.config.model_type, Reader)(model, segment, offload)
+
+
+def common_beginning(prompts: Sequence[torch.Tensor]) -> int:
+    """How many tokens all of several prompts [L] begin with, at most all but the last of each."""
+    length = min(map(len, prompts)) - 1
+    same = torch.stack([(prompt[:length] == prompts[0][:length]) for prompt in prompts]).all(0)
+    return length if same.all() else int((~same).nonzero()[0])
 
 
 def _start(input_ids: torch.Tensor, count: int) -> int:

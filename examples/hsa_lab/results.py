@@ -137,9 +137,10 @@ def summarise(records: Sequence[dict]) -> dict:
 
 
 def columns(records: Sequence[dict]) -> dict[str, list]:
-    """Records, all of the same fields, as one list a field: compact in JSON."""
+    """Records as one list a field, None where one lacks it: compact in JSON."""
     rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()} for record in records]
-    return {name: [record[name] for record in rounded] for name in rounded[0]} if rounded else {}
+    names = dict.fromkeys(name for record in rounded for name in record)
+    return {name: [record.get(name) for record in rounded] for name in names}
 
 
 # -- files --
@@ -161,7 +162,11 @@ class Results:
             "type": model.config.model_type,
             "parameters": model.num_parameters(),
         }
-        self.content["arguments"] = {k: _plain(v) for k, v in vars(arguments).items() if k not in ("model", "output")}
+        if getattr(arguments, "base", None):
+            self.content["base"] = Path(arguments.base).name
+        self.content["arguments"] = {
+            k: _plain(v) for k, v in vars(arguments).items() if k not in ("model", "base", "output")
+        }
         self.content["arguments"]["config"] = dict(arguments.config)
         self.content["rows"] = []
 
@@ -171,6 +176,9 @@ class Results:
 
     def add(self, task: str, length: int, row: dict, records: Sequence[dict] = ()) -> None:
         self.rows.append({"task": task, "length": length} | row | ({"records": columns(records)} if records else {}))
+        self.write()
+
+    def write(self) -> None:
         # One line a row: readable, and small with thousands of records.
         rows = ",\n".join(json.dumps(row) for row in self.rows)
         head = json.dumps(
@@ -182,10 +190,12 @@ class Results:
         """Tasks by lengths: accuracy in percent, with its interval."""
         lengths = sorted({row["length"] for row in self.rows})
         cells = {(row["task"], row["length"]): row for row in self.rows}
-        lines = [f"{'':18}" + "".join(f"{short(length):>18}" for length in lengths)]
-        for task in dict.fromkeys(row["task"] for row in self.rows):
+        tasks = dict.fromkeys(row["task"] for row in self.rows)
+        wide = max(18, *(len(task) + 2 for task in tasks))
+        lines = [" " * wide + "".join(f"{short(length) if length else 'alone':>18}" for length in lengths)]
+        for task in tasks:
             texts = [_cell(cells.get((task, length))) for length in lengths]
-            lines.append(f"{task:18}" + "".join(f"{text:>18}" for text in texts))
+            lines.append(f"{task:{wide}}" + "".join(f"{text:>18}" for text in texts))
         return "\n".join(lines)
 
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hsa_lab.adaptation import answers
 from hsa_lab.adaptation.batches import FAMILIES, Batches, Tokens
 from hsa_lab.adaptation.chats import sample_chats
 from hsa_lab.adaptation.losses import retrieval_loss, token_losses
@@ -27,11 +25,9 @@ from modeling_hsa import convert_to_hsa, new_parameters
 from modeling_hsa.retrieval import ChunkRetrieval
 from tests.commands import REPOSITORY
 
+from .texts import chat_tokenizer, tiny_llama
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+
 RECIPE = {
     "model": {"placement": [1, 2], "sliding_window": 64, "chunk_topk": 4, "chunk_size": 16, "retrieval_dim": 16},
     "train": {"base": "lora", "rank": 2, "alpha": 4},
@@ -59,27 +55,9 @@ RECIPE = {
 def folder(tmp_path_factory) -> Path:
     """A tiny chat model in "base", books in "streams", chats, and the recipe."""
     folder = tmp_path_factory.mktemp("adaptation")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    backend.train_from_iterator([make_document(0, 30_000, 20, True).text], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+    tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, pad_token_id=1, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "base")
     (folder / "streams").mkdir()
     for number, split in enumerate(("train", "validation")):
         ids = tokenizer(make_document(number + 1, 40_000).text, add_special_tokens=False)["input_ids"]
@@ -315,8 +293,7 @@ def test_a_run_trains_logs_and_saves(folder, run):
     adapted = PeftModel.from_pretrained(converted, run / "adapter")
     ids = torch.randint(0, 900, (1, 100))
     torch.testing.assert_close(adapted(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-    tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    assert len(answers.say(model, tokenizer, ["Who?", "What is it?"], 3)) == 2
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template
 
 
 def test_a_run_that_was_stopped_goes_on_the_same(folder, run, tmp_path):
@@ -349,7 +326,7 @@ def test_what_is_trained_is_up_to_the_recipe(folder, tmp_path, base):
     assert not (tmp_path / "out" / "adapter").exists()
 
 
-# -- chats and answers --
+# -- chats --
 
 
 class Parrot:
@@ -379,35 +356,6 @@ def test_chats_are_sampled_from_the_beginning_of_a_turn(folder):
     assert found == [{"prompt": "Who are you?", "answer": "A parrot."}, {"prompt": "Why?", "answer": "So."}]
     assert tokenizer.decode(parrot.prompts[0][0][0]) == "<|im_start|>user\n"
     assert tokenizer.decode(parrot.prompts[1][0][0]).endswith("Who are you?<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_evaluation_writes_scores_with_their_answers(folder, run, tmp_path):
-    adapt.main([
-        "evaluate", "--model", str(run / "model"), "--base", str(folder / "base"), "--streams",
-        str(folder / "streams"), "--chats", str(folder / "chats.jsonl"), "--most_chats", "3", "--device", "cpu",
-        "--kinds", "facts", "missing", "--lengths", "768", "1024", "--questions", "3", "--windows", "2",
-        "--perplexity_lengths", "256", "--answer_tokens", "3", "--base_length", "800", "--output",
-        str(tmp_path / "answers.json"),
-    ])  # fmt: skip
-    content = json.loads((tmp_path / "answers.json").read_text())
-    cells = [(cell["model"], cell["kind"], cell["length"]) for cell in content["cells"]]
-    assert cells == [
-        ("model", "facts", 768), ("base", "facts", 768), ("model", "missing", 768), ("base", "missing", 768),
-        ("model", "facts", 1024), ("model", "missing", 1024),
-    ]  # fmt: skip
-    assert all(len(cell["answers"]) == 3 and 0 <= cell["score"] <= 1 for cell in content["cells"])
-    assert content["chat"]["kl"] > 0 and content["chat"]["chats"] == 3 and len(content["said"]) == 3
-    assert content["perplexity base"]["256"] > 1 and content["hardware"]["torch"] == torch.__version__
-
-
-def test_a_model_does_not_diverge_from_itself(folder):
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    chats = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
-    found = answers.chat_divergence(base, base, tokenizer, chats, rows=3)
-    assert found["kl"] == pytest.approx(0, abs=1e-6) and found["same"] == 1.0 and found["chats"] == 20
-    covering = convert_to_hsa(base, **RECIPE["model"] | {"sliding_window": 512}).eval()
-    assert answers.chat_divergence(covering, base, tokenizer, chats)["kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_chats_of_different_lengths_end_together(folder):

@@ -13,7 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hsa_lab.chat_rows import mixture, stories
+from hsa_lab.chat_rows.splits import SPLITS
 from hsa_lab.corpus import train_tokenizer
+from hsa_lab.evaluation.babilong import Babilong
 from hsa_lab.evaluation.perplexity import Perplexity, Places
 from hsa_lab.reading import Reader, RetrievalRecorder
 from hsa_lab.results import interval, ratio, student
@@ -219,38 +222,48 @@ def test_babi_files_are_read_question_by_question(tmp_path):
         "2 What is north of the kitchen?\toffice\t1",
     ]  # fmt: skip
     (tmp_path / "qa9_x_train.txt").write_text("\n".join(lines), encoding="utf-8")
-    first, second, third = babilong.read_babi(tmp_path / "qa9_x_train.txt")
+    found = [x for split in SPLITS for x in stories.read_stories(tmp_path, "qa9", split)]
+    first, second, third = sorted(found, key=lambda story: -story.question.count("Mary"))
     facts = ("Mary moved to the bathroom.", "John went to the hallway.", "Mary went to the garden.")
-    assert first == (facts[:2], "Where is Mary?", "bathroom", (0,))
-    assert second == (facts, "Where is Mary?", "garden", (2, 0))
-    assert third == (("The office is north of the kitchen.",), "What is north of the kitchen?", "office", (0,))
+    assert first == stories.Story(facts[:2], "Where is Mary?", "bathroom", (0,))
+    assert second == stories.Story(facts, "Where is Mary?", "garden", (2, 0))
+    assert third == stories.Story(
+        ("The office is north of the kitchen.",), "What is north of the kitchen?", "office", (0,)
+    )
+    with pytest.raises(FileNotFoundError, match="There is no qa2_.*_train.txt"):
+        stories.read_stories(tmp_path, "qa2", "train")
 
 
-def test_no_story_is_in_both_splits(data):
-    """Not even if one is taken from the file of 10,000 questions and the other from its beginning."""
-    stories = babilong.babi_stories
-    train, evaluation = (stories(data.babi, "qa1", split) for split in ("train", "evaluation"))
-    for small in (data.babi / "en", data.babi):
-        for a, b in ((stories(small, "qa1", "train"), evaluation), (train, stories(small, "qa1", "evaluation"))):
-            assert a and b
-            assert not {(s.facts, s.question) for s in a} & {(s.facts, s.question) for s in b}
-    assert not {s.facts[:2] for s in train} & {s.facts[:2] for s in evaluation}
-    assert 0.1 < len(evaluation) / len([*train, *evaluation]) < 0.35
-    assert {*train, *evaluation} == {*babilong.read_babi(data.babi / "en-10k/qa1_single_train.txt.gz")}
-    assert len({*evaluation}) == len(evaluation)
-    with pytest.raises(ValueError, match="'train' or 'evaluation', got 'test'"):
-        stories(data.babi, "qa1", "test")
-    with pytest.raises(FileNotFoundError, match="`--babi`: there is no qa2_.*_train.txt"):
-        stories(data.babi, "qa2", "train")
+def test_no_story_that_is_asked_about_is_trained_on(data, tmp_path, monkeypatch):
+    """What BABILong asks, and what rows to train on are made of; solved examples are among the latter."""
+    np.save(tmp_path / "books-train.npy", np.array(data.tokenizer(data.texts[0])["input_ids"], np.uint16))
+    monkeypatch.setattr(mixture, "TASKS", ("qa1", "qa3"))
+    monkeypatch.setattr(mixture, "RowBuilder", lambda *_: None)
+    trained = mixture.Materials.load(data.tokenizer, tmp_path, "train", babi=data.babi).stories
+    made = []
+    monkeypatch.setattr(evaluate, "load", lambda arguments: (data.models["hsa"], data.tokenizer))
+    monkeypatch.setattr(Babilong, "run", lambda self: made.append(self))
+    flags = {"model": "tiny", "babi": data.babi, "haystack": data.folder / "texts.jsonl.gz", "output": tmp_path}
+    asked = {}
+    for split in ("validation", "test"):
+        run("babilong", tasks=["qa1", "qa3"], split=split, **flags)
+        asked[split] = {task: made[-1].orders[task, 0] for task in ("qa1", "qa3")}
+        head = data.tokenizer.decode(made[-1].prompts["qa1", 0].head)
+        assert any(head.startswith(" ".join(story.facts)) for story in trained["qa1"])
+    for task in ("qa1", "qa3"):
+        seen = {(story.facts, story.question) for story in trained[task]}
+        of = {split: {(story.facts, story.question) for story in asked[split][task]} for split in asked}
+        assert len(of["test"]) > 3 and len(of["validation"]) > 3
+        assert not seen & of["test"] and not seen & of["validation"] and not of["test"] & of["validation"]
 
 
 def test_prompts_have_the_facts_in_order_and_the_exact_length(data, stream):
     module, tokenizer = babilong, data.tokenizer
-    shots = module.choose_shots(module.babi_stories(data.babi, "qa1", "train"), 2, np.random.default_rng(0))
+    shots = module.choose_shots(stories.read_stories(data.babi, "qa1", "train"), 2, np.random.default_rng(0))
     assert len({shot.answer for shot in shots}) == 2
     prompts = module.Prompts(module.Background(stream, tokenizer), tokenizer, shots)
     book = "".join(data.texts)
-    for index, story in enumerate(module.babi_stories(data.babi, "qa1", "evaluation")[:20]):
+    for index, story in enumerate(stories.read_stories(data.babi, "qa1", "test")[:20]):
         least = prompts.least(story)
         for length in (least, least + 1, least + 100, 1000, len(stream) + 500):
             prompt = prompts.make(story, length, np.random.default_rng(index))
@@ -298,7 +311,7 @@ def test_sentences_end_where_a_reader_says():
     ],
 )
 def test_answers_are_checked_as_the_benchmark_does(output, question, answer, right):
-    story = babilong.Story((), question, answer, ())
+    story = stories.Story((), question, answer, ())
     assert babilong.is_correct(output, story, ROOMS) == right
 
 
@@ -353,7 +366,7 @@ def test_babilong_in_a_process_of_its_own(data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": "qa2"}, "`--babi`: there is no qa2_"),
+        ({"tasks": "qa2"}, "There is no qa2_"),
         ({"lengths": 5}, "`--lengths`: no story fits into any of them"),
     ],
 )

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_lab import commands
-from hsa_lab.evaluation.facts import Facts
 from hsa_lab.evaluation.harness import Evaluation
 from hsa_lab.evaluation.retrieval import ONE_NEEDLE, Paper
+from hsa_lab.evaluation.wordings import Wordings
 from hsa_lab.reading import CACHE, Reader, RetrievalRecorder, make_reader, retrieval_recall
-from hsa_lab.results import summarise, wilson
+from hsa_lab.results import columns, summarise, wilson
 from hsa_lab.tokens import encode
 from tests.models import tiny_model
 
@@ -67,6 +67,34 @@ def test_reading_in_segments_equals_one_pass(any_model, segment):
     tokens, _ = reader.generate(ids[:1], 8)
     whole = any_model.generate(ids[:1], max_new_tokens=8, do_sample=False)[0, 150:].tolist()
     assert tokens == whole
+
+
+def test_questions_read_together_are_answered_as_alone(any_model):
+    """Of prompts that share nothing, and about one text, which is read once."""
+    text, longer = torch.randint(1, 99, (150,)), torch.randint(1, 99, (190,))
+    asked = [torch.randint(1, 99, (n,)) for n in (5, 17, 1)]
+    about_one = [torch.cat([text, question]) for question in asked]
+    reader, read = make_reader(any_model, 48), []
+
+    def count(module, args, output) -> None:
+        read.append(output.last_hidden_state.shape[1])
+
+    hook = any_model.base_model.register_forward_hook(count)
+    for generate, prompts in (
+        (reader.generate_on_text, about_one), (reader.generate_batch, [*about_one, longer]),
+        (reader.generate_on_text, [longer]),
+    ):  # fmt: skip
+        read.clear()
+        found = generate(prompts, 6)
+        assert sum(read) <= (150 + 17 + 6 if prompts is about_one else 190 + 6)
+        for prompt, (tokens, chunks) in zip(prompts, found):
+            expected, recorder = reader.generate(prompt[None], 6)
+            assert tokens == expected
+            assert chunks is None if recorder.chunks is None else torch.equal(chunks, recorder.chunks[0])
+    hook.remove()
+    first = found[0][0][2]  # an answer ends where its end is said to be
+    (tokens, _), *_ = reader.generate_batch([longer, text], 6, eos_token_id=first)
+    assert tokens == found[0][0][: found[0][0].index(first) + 1]
 
 
 def test_recorded_retrieval_is_that_of_the_scored_tokens(model):
@@ -166,10 +194,14 @@ def test_ruler_answers_are_matched(build, folders, monkeypatch):
     protocol.generator, task = make_ruler(), "niah_multiquery"
     nothing = RetrievalRecorder(None, 0)
     for share, score in ((4, 1.0), (2, 0.5), (0, 0.0)):
-        outputs = [protocol.question(task, 2000, 0, i).record["expected"][:share] for i in range(2)]
+        outputs = [protocol.questions(task, 2000, 0, i, 1)[0].record["expected"][:share] for i in range(2)]
         answers = iter(encode(TOKENIZER, f" they are {', '.join(x)}. And then") for x in outputs)
         monkeypatch.setattr(Reader, "generate", lambda *_, answers=answers: (next(answers), nothing))
         assert [record["score"] for record in protocol.records(task, 2000)] == [score, score]
+
+
+def test_records_become_columns():
+    assert columns([{"a": 1}, {"b": 0.123456}]) == {"a": [1, None], "b": [None, 0.1235]}
 
 
 def test_wilson_interval():
@@ -208,23 +240,23 @@ def test_protocols_from_a_folder(folders, tmp_path, capsys, name, protocol):
 
 
 @pytest.mark.parametrize("right", [None, True, False])
-def test_answers_to_facts_are_matched(folders, tmp_path, monkeypatch, right):
+def test_answers_to_wordings_are_matched(folders, tmp_path, monkeypatch, right):
     def say(self, ids, *options):
-        """What the fact in the prompt says, or something else."""
-        text = asked[-1].record["fact"] if right else "Nothing of the kind."
+        """The value of the fact in the prompt, or something else."""
+        text = asked[-1].record["expected"] if right else "Nothing of the kind."
         return TOKENIZER(text)["input_ids"], RetrievalRecorder(None, 0)
 
     def question(self, *sample):
         asked.append(make(self, *sample))
         return asked[-1]
 
-    asked, make = [], Facts.question
+    asked, make = [], Wordings.question
     if right is not None:
-        monkeypatch.setattr(Facts, "question", question)
+        monkeypatch.setattr(Wordings, "question", question)
         monkeypatch.setattr(Reader, "generate", say)
-    evaluate.main(words_for(folders, tmp_path, "facts", "--lengths", 300, "--samples", 2))
-    rows = json.loads((tmp_path / "facts.json").read_text())["rows"]
-    assert [row["task"] for row in rows] == list(Facts.tasks) and all(
+    evaluate.main(words_for(folders, tmp_path, "wordings", "--lengths", 300, "--samples", 2))
+    rows = json.loads((tmp_path / "wordings.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == list(Wordings.tasks) and all(
         ("recall" in row) == (right is None) for row in rows
     )
     assert right is None or [row["accuracy"] for row in rows] == [float(right)] * 4 and rows[0]["samples"] == 2

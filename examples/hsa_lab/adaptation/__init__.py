@@ -8,5 +8,4 @@ Training of a converted model: what was converted keeps talking like its base an
     student.py      the model with its losses, its teacher, its optimizers, compiled layer by layer
     run.py          a run that can be stopped and resumed
     chats.py        conversations sampled from the base
-    answers.py      greedy answers to questions about long texts, divergence in chats, perplexity
 """

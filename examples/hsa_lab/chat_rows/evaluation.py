@@ -5,8 +5,9 @@ Questions to evaluate a model with, about things that are not trained on, and wh
         answer = ...                       # generated for sample.messages, or for sample.tokens
         score = sample.score(answer)       # 0 to 1
 
-`KINDS` says what there is: facts in kinds and wordings of the split, or in trained kinds, or in trained wordings;
-events; questions of passages, scored by F1; and questions that the text does not answer.
+`make_texts` makes several questions about each text instead. `KINDS` says what there is: facts in kinds and wordings
+of the split, or in trained kinds, or in trained wordings; events; questions of passages, scored by F1; and questions
+that the text does not answer.
 """
 
 import random
@@ -15,15 +16,16 @@ import string
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
 from .documents import DOCUMENTS, make_document
 from .events import Events
-from .facts import Question, World
+from .facts import World
 from .haystack import Haystack
 from .qa import Passage, support
-from .rows import Plan, RowBuilder, Turn
+from .rows import Plan, RowBuilder, Turn, first_question
 from .splits import check_split
 
 
@@ -130,31 +132,58 @@ def make_questions(
 
     Raises: ValueError if there is no such kind or split, no passages for "qa", or `length_tokens` is too small.
     """
+    texts = make_texts(kind, tokenizer, haystack, length_tokens, 1, split, seed, passages)
+    return (sample for sample, *_ in islice(texts, count))
+
+
+def make_texts(
+    kind: str,
+    tokenizer,
+    haystack: Haystack,
+    length_tokens: int | None,
+    questions: int,
+    split: str = "test",
+    seed: int = 0,
+    passages: tuple[Passage, ...] = (),
+) -> Iterator[list[Sample]]:
+    """
+    Texts without end, as many as are asked for, of each up to `questions` questions about it, whose `tokens` begin
+    alike. The longest of them with its right answer has `length_tokens`. The rest is as with `make_questions`.
+    """
     if kind not in KINDS:
         raise ValueError(f"There is no kind of questions {kind!r}: take one of {', '.join(KINDS)}.")
     if kind == "qa" and not passages:
         raise ValueError("Questions of kind 'qa' need `passages`.")
     builder = RowBuilder(tokenizer, {"books": haystack})
     made, number = 0, 0
-    while made < count:
+    while True:
         rng = random.Random(f"{kind} {check_split(split)} {length_tokens} {seed} {number}")
         number += 1
         if number > 100 * (made + 1):
             raise ValueError(f"Hardly any question of kind {kind!r} fits into {length_tokens} tokens: take more.")
         if kind == "qa":
-            plan, question, expected, metric = _passage(passages, number)
+            plan, asked = _passages(passages, number * questions, questions, seed)
         else:
-            plan, question, expected, metric = _fact(rng, kind, split, length_tokens)
-        if plan is None:
-            continue
-        name = f"qa {plan.turns[0].kind}" if kind == "qa" else kind
-        sample = _sample(builder, plan, length_tokens, rng, question, expected, metric, name)
-        if sample is not None:
+            plan, asked = _facts(rng, kind, split, length_tokens, questions)
+        if plan is not None and (samples := _samples(builder, plan, length_tokens, rng, asked)):
             made += 1
-            yield sample
+            yield samples
 
 
-def _fact(rng: random.Random, kind: str, split: str, length: int | None):
+@dataclass
+class Asked:
+    """What is right about a turn of a plan. See `Sample`."""
+
+    question: str
+    expected: list[str]
+    metric: str
+    kind: str
+
+
+def _facts(
+    rng: random.Random, kind: str, split: str, length: int | None, questions: int
+) -> tuple[Plan | None, list[Asked]]:
+    """A plan with up to so many questions, and what is right about each."""
     kinds, wordings = (split if of == "own" else of for of in KINDS[kind])
     world = teller = World(split, rng, kinds, wordings)
     if kind == "events":
@@ -168,37 +197,60 @@ def _fact(rng: random.Random, kind: str, split: str, length: int | None):
             world.add()
         blocks = [[(f" {world.wrap(world.state([fact]))}", [fact])] for fact in world.facts]
         rng.shuffle(blocks)
-    if not blocks or not any(facts for block in blocks for _, facts in block):
-        return None, "", [], ""
-    question: Question | None = teller.ask("missing" if kind == "missing" else "direct", short=False)
-    if question is None:
-        return None, "", [], ""
-    turn = Turn(question.text, question.answer, question.facts, question.kind)
+    asks = "missing" if kind == "missing" else "direct"
+    is_told = any(facts for block in blocks for _, facts in block)
+    found = [teller.ask(asks, short=False) for _ in range(questions)] if is_told else []
+    turns = [Turn(q.text, q.answer, q.facts, q.kind) for q in found if q is not None]
     metric = "refusal" if kind == "missing" else "contains"
-    return Plan(kind, blocks, [turn]), question.text, question.expected, metric
+    asked = [Asked(q.text, q.expected, metric, kind) for q in found if q is not None]
+    return (Plan(kind, blocks, turns) if turns else None), asked
 
 
-def _passage(passages: tuple[Passage, ...], number: int):
-    """The questions in turn, in an order that is always the same, each with its passage."""
-    asked = [(p, q, a) for p in passages for q, a in p.questions if a]
-    random.Random("qa").shuffle(asked)
-    passage, question, answer = asked[number % len(asked)]
-    head = f"{passage.title}\n" if passage.title else ""
-    block = [("\n\n" + head + s if i == 0 else s, [i]) for i, s in enumerate(passage.sentences)]
-    text = f'In "{passage.title}": {question}' if passage.title else question
-    turn = Turn(text, [(answer, True)], support(passage, question, answer), passage.source)
-    return Plan("qa", [block], [turn], hint="Answer in a few words."), text, [answer], "f1"
+def _passages(passages: tuple[Passage, ...], first: int, questions: int, seed: int) -> tuple[Plan | None, list[Asked]]:
+    """
+    The questions from number `first` on, in an order that is always the same and that each seed begins elsewhere, each
+    with its passage, of which there are no two that could be confused.
+    """
+    known = [(p, q, a) for p in passages for q, a in p.questions if a]
+    random.Random("qa").shuffle(known)
+    first += seed * len(known) // 3  # so that seeds 0 to 2 share questions only where they ask more than a third
+    blocks, turns, asked, seen = [], [], [], set()
+    for number in range(first, first + questions):
+        passage, question, answer = known[number % len(known)]
+        alone = passage.source if passage.source == "ropes" else passage.title or passage.text
+        if alone in seen:
+            continue
+        seen.add(alone)
+        head = f"{passage.title}\n" if passage.title else ""
+        blocks.append([("\n\n" + head + s if i == 0 else s, [(number, i)]) for i, s in enumerate(passage.sentences)])
+        text = f'In "{passage.title}": {question}' if passage.title else question
+        evidence = [(number, i) for i in support(passage, question, answer)]
+        turns.append(Turn(text, [(answer, True)], evidence, passage.source))
+        asked.append(Asked(text, [answer], "f1", f"qa {passage.source}"))
+    return Plan("qa", blocks, turns, hint="Answer in a few words."), asked
 
 
-def _sample(
-    builder: RowBuilder, plan: Plan, length: int | None, rng, question, expected, metric, kind
-) -> Sample | None:
-    if not (rows := builder.build([plan], length, rng)):
-        return None
+def _samples(builder: RowBuilder, plan: Plan, length: int | None, rng, asked: list[Asked]) -> list[Sample]:
+    """A sample for each turn of the plan, as if it was the only one; none if they do not fit."""
+    chat, firsts = builder.chat, [first_question(plan, 0, turn) for turn in plan.turns]
+    answers = ["".join(text for text, _ in turn.answer) for turn in plan.turns]
+    ids = builder.encode([*firsts, *answers, *(turn.question for turn in plan.turns)])
+    if length is not None:
+        # The row holds all turns; the text in it is as long as if it held the longest alone.
+        longest = max(len(ids[first]) + len(ids[answer]) for first, answer in zip(firsts, answers))
+        between = len(chat.reply) + len(chat.end) + len(chat.next)
+        later = [len(ids[t.question]) + len(ids[a]) + between for t, a in zip(plan.turns[1:], answers[1:])]
+        length += len(ids[firsts[0]]) + len(ids[answers[0]]) + sum(later) - longest
+    rows = builder.build([plan], length, rng)
+    if not rows or len(rows[0].turns) < len(plan.turns):
+        return []
     row = rows[0]
-    first = row.turns[0][2]
-    start, end = len(builder.chat.start), first - len(builder.chat.reply)
-    text = builder.tokenizer.decode(row.ids[start:end])
-    evidence = [(a, b) for _, a, b in row.evidence]
-    messages = [{"role": "user", "content": text}]
-    return Sample(messages, row.ids[:first].astype(np.int64), question, expected, metric, kind, evidence)
+    end = row.turns[0][2] - len(chat.reply) - len(ids[firsts[0]])
+    text = builder.tokenizer.decode(row.ids[len(chat.start) : end])
+    samples = []
+    for number, (first, of) in enumerate(zip(firsts, asked)):
+        tokens = np.concatenate([row.ids[:end], ids[first], chat.reply]).astype(np.int64)
+        evidence = [(a, b) for turn, a, b in row.evidence if turn == number]
+        messages = [{"role": "user", "content": text + first}]
+        samples.append(Sample(messages, tokens, of.question, of.expected, of.metric, of.kind, evidence))
+    return samples

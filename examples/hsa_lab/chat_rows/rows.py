@@ -106,7 +106,7 @@ class RowBuilder:
         texts, answers = [], []
         for plan in plans:
             texts += [text for block in plan.blocks for text, _ in block]
-            texts += [_first_question(plan, i, turn) for i, turn in enumerate(plan.turns)]
+            texts += [first_question(plan, i, turn) for i, turn in enumerate(plan.turns)]
             texts += [plan.intro + "\n\n"] if plan.intro else []
             answers += ["".join(text for text, _ in turn.answer) for turn in plan.turns]
         ids = self.encode(texts)
@@ -121,7 +121,7 @@ class RowBuilder:
 
     def _assemble(self, plan: Plan, length: int | None, rng, ids: dict[str, np.ndarray], answers: list) -> Row | None:
         turns = list(zip(plan.turns, answers))
-        turns = [(turn, ids[_first_question(plan, i, turn)], answer) for i, (turn, answer) in enumerate(turns)]
+        turns = [(turn, ids[first_question(plan, i, turn)], answer) for i, (turn, answer) in enumerate(turns)]
         blocks = [[(ids[text], keys) for text, keys in block] for block in plan.blocks]
         # A document is followed by a blank line before the haystack goes on.
         blank = [bool(block) and block[0][0].startswith("\n") for block in plan.blocks]
@@ -215,7 +215,7 @@ class _Writer:
         self.size = end
 
 
-def _first_question(plan: Plan, i: int, turn: Turn) -> str:
+def first_question(plan: Plan, i: int, turn: Turn) -> str:
     """The first question comes after the document, in the same message."""
     if i:
         return turn.question

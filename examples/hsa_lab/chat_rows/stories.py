@@ -5,8 +5,9 @@ Stories of bAbI told between the sentences of a long text, as in BABILong, sever
     plan = story_plan(rng, {"qa2": stories}, 4)
 
 Of every file the last tenth of the stories is for tests and the tenth before it for choices; a story of theirs that
-also stands further up is not trained on. Each file of `en` is the beginning of the one in `en-10k`, so only one of the
-two is read. All but the first story of a row get other people, things and rooms, so that no question has two answers.
+also stands further up is not trained on (`read_stories`, which rows and `evaluate.py babilong` both use). Each file of
+`en` is the beginning of the one in `en-10k`, so only one of the two is read. All but the first story of a row get
+other people, things and rooms, so that no question has two answers.
 """
 
 import gzip
@@ -56,16 +57,24 @@ class Story:
 
 
 def find_file(folder: str | Path, task: str) -> Path:
-    """The larger file of a task in the folders en-10k and en. Raises: FileNotFoundError if there is none."""
-    for place in ("en-10k", "en"):
+    """
+    The largest file of a task: in the folder en-10k of `folder`, else itself, else its folder en.
+
+    Raises: FileNotFoundError if there is none.
+    """
+    for place in ("en-10k", ".", "en"):
         if found := sorted((Path(folder) / place).glob(f"{task}_*_train.txt*")):
             return found[0]
-    raise FileNotFoundError(f"There is no {task}_*_train.txt or .txt.gz in the folders en-10k and en of {folder}.")
+    raise FileNotFoundError(f"There is no {task}_*_train.txt or .txt.gz in {folder}, its en-10k or its en.")
 
 
 @cache
 def read_stories(folder: str | Path, task: str, split: str) -> tuple[Story, ...]:
-    """The questions of one split of a task, each with the statements before it, none twice."""
+    """
+    The questions of one split of a task, each with the statements before it, none twice.
+
+    Lines are `ID text`, or `ID question <tab> answer <tab> IDs of the supporting facts`; ID 1 begins a new story.
+    """
     check_split(split)
     by_story, path = [], find_file(folder, task)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:

@@ -80,6 +80,7 @@ def bucket_edges(length: int) -> list[int]:
 
 class Perplexity(Evaluation):
     name, tasks, lengths = "ppl", ("last", "foreign", "positions"), tuple(2**i for i in range(9, 16))
+    asks = False
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -108,7 +109,8 @@ class Perplexity(Evaluation):
                 "has no other text: give more text or leave that length out"
             )
         self.places = Places(document_bounds(self.haystack, self.tokenizer.eos_token_id), arguments.lengths)
-        self.shortest = {}  # number of scored tokens -> shortest length with so many, and the losses of its samples
+        # (model, number of scored tokens) -> shortest length with so many, and the losses of its samples
+        self.shortest = {}
 
     def run(self) -> None:
         self.results.content["text"] = {"tokens": len(self.haystack), "within": self.places.within}
@@ -153,7 +155,7 @@ class Perplexity(Evaluation):
                 records[-1]["bytes"] = text_bytes(self.tokenizer, row[-count:])
         losses = [record["loss"] for record in records]
         bits = [count * loss / math.log(2) for loss in losses]
-        base, base_losses = self.shortest.setdefault(count, (length, losses))
+        base, base_losses = self.shortest.setdefault((self.model, count), (length, losses))
         loss, change = interval(losses), interval([a - b for a, b in zip(losses, base_losses)])
         row = {
             "scored_tokens": count,

@@ -1,4 +1,7 @@
-"""Retrieval from long contexts, by length: the tasks of the papers on HSA, and those of RULER."""
+"""
+Retrieval from long contexts, by length: the tasks of the papers on HSA, and those of RULER; as texts that the model
+continues, or as chats.
+"""
 
 import json
 from argparse import ArgumentParser, Namespace
@@ -10,9 +13,10 @@ import torch
 from ..commands import at_least, existing_file
 from ..tasks import ruler
 from ..tasks.retrieval import RetrievalTasks, Sample
+from ..tasks.retrieval_chat import ANSWER_TOKENS, ChatRetrieval
 from ..tasks.ruler import RulerTasks, string_match_all
 from ..tokens import first_ids, sample_rng
-from .harness import Evaluation, Question
+from .harness import Evaluation, Question, labelled
 
 
 ONE_NEEDLE = ("s_niah", "niah_single_1", "niah_single_2", "niah_single_3")
@@ -23,7 +27,7 @@ POOL_SEED = 1
 class Retrieval(Evaluation):
     """What both protocols share: needles on a grid of depths."""
 
-    lengths = (4096, 8192, 16384, 32768)
+    lengths, forms = (4096, 8192, 16384, 32768), ("text", "chat")
     # A shorter haystack than the longest prompt is repeated; of a much longer one the rest is not needed.
     haystack_tokens = 1 << 22
 
@@ -46,19 +50,21 @@ class Retrieval(Evaluation):
         depths = self.arguments.depths
         return None if depths == 0 or task not in ONE_NEEDLE else (index % depths) / (depths - 1)
 
-    def recall(self, chunks, row, needles, tokens=slice(None)) -> dict:
-        return {} if self.arguments.no_retrieval else super().recall(chunks, row, needles, tokens)
+    def recall(self, chunks, needles, tokens) -> dict:
+        return {} if self.arguments.no_retrieval else super().recall(chunks, needles, tokens)
 
 
 class Paper(Retrieval):
     """
-    The tasks of the papers on HSA (arXiv 2510.17196): s_niah, mq_niah and vt, by teacher forcing.
+    The tasks of the papers on HSA (arXiv 2510.17196): s_niah, mq_niah and vt, by teacher forcing or in a chat.
 
         python examples/evaluate.py paper --model out/hsa --haystack books.jsonl.gz --output out/paper \\
             --lengths 4096 1048576
 
-    As `hsa_lab/tasks/retrieval.py` says, in one pass; a sample counts if every scored token is the likeliest. Not
-    comparable with RULER, whose vt has another definition.
+    As `hsa_lab/tasks/retrieval.py` says, in one pass; a sample counts if every scored token is the likeliest. In chat
+    form, as `hsa_lab/tasks/retrieval_chat.py` says: a question in plain words ends the message of the user, and the
+    answer is generated; a sample counts if the exact value is in it. Not comparable with RULER, whose vt has another
+    definition.
 
     Writes paper.json with Wilson 95 % intervals and compact records, and a map of depth x length for the task with one
     needle (`--depths` puts it on a grid).
@@ -73,10 +79,28 @@ class Paper(Retrieval):
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         super().add_arguments(parser)
-        parser.add_argument("--batch_size", type=at_least(1), default=1, help="samples scored at a time")
+        parser.add_argument("--batch_size", type=at_least(1), default=1, help="samples that are forced at a time")
+        parser.add_argument(
+            "--digits", type=at_least(0), default=0,
+            help="of the value of s_niah in a chat, as in arXiv 2607.02980 (8); 0: 7 random tokens",
+        )  # fmt: skip
 
     def prepare(self) -> None:
+        if self.chat is None and self.arguments.digits:
+            raise ValueError("`--digits` is for chats: leave it out, or pass `--chat yes`")
         self.generator = RetrievalTasks(self.tokenizer, pool_seed=POOL_SEED)
+        if self.chat is not None:
+            self.asker = ChatRetrieval(self.generator, self.chat, self.arguments.split, self.arguments.digits)
+
+    def questions(self, task: str, length: int, seed: int, index: int, most: int) -> list[Question]:
+        rng, depth = sample_rng(seed, task, length, index), self.depth(task, index)
+        found = []
+        for asked in self.asker.make_all(task, rng, self.haystack, length, depth, most):
+            record = {"expected": asked.expected}
+            if task in ONE_NEEDLE:
+                record["depth"] = asked.depth if depth is None else depth
+            found.append(Question(asked.tokens, ANSWER_TOKENS[task], asked.score, asked.needles, record))
+        return found
 
     def sample(self, task: str, length: int, seed: int, index: int) -> tuple[Sample, float]:
         """The sample and its depth: on the grid, or where it happens to be."""
@@ -89,9 +113,16 @@ class Paper(Retrieval):
         return sample, sample.depth if depth is None else depth
 
     def try_out(self, task: str, length: int) -> None:
-        self.sample(task, length, self.arguments.seeds[0], 0)
+        if self.chat is not None:
+            super().try_out(task, length)
+        else:
+            self.sample(task, length, self.arguments.seeds[0], 0)
 
     def records(self, task: str, length: int) -> list[dict]:
+        return super().records(task, length) if self.chat is not None else self.force(task, length)
+
+    def force(self, task: str, length: int) -> list[dict]:
+        """By teacher forcing: whether every scored token is the likeliest."""
         records = []
         for pairs in self.batches(task, length, self.arguments.batch_size):
             samples, depths = zip(*(self.sample(task, length, *pair) for pair in pairs))
@@ -104,7 +135,7 @@ class Paper(Retrieval):
                 record = {"seed": seed, "index": index, "score": float(right[row, scored].all())}
                 if task in ONE_NEEDLE:
                     record["depth"] = depth
-                records.append(record | self.recall(chunks, row, sample.wanted, scored))
+                records.append(record | self.recall(None if chunks is None else chunks[row], sample.wanted, scored))
         return records
 
 
@@ -115,7 +146,9 @@ class Ruler(Retrieval):
         python examples/evaluate.py ruler --model out/hsa --haystack books.jsonl.gz --words wonderwords.json \\
             --output out/ruler
 
-    As `hsa_lab/tasks/ruler.py` says. Writes ruler.json; the rest is as with `paper`.
+    As `hsa_lab/tasks/ruler.py` says, in either form; in a chat, words, numbers and UUIDs are those of `--split`, and
+    none that rows of training are made of. Writes ruler.json, with the `average` of the tasks at each length; the rest
+    is as with `paper`.
     """
 
     name, tasks, needs_haystack = "ruler", ruler.TASKS, False
@@ -136,13 +169,33 @@ class Ruler(Retrieval):
     def prepare(self) -> None:
         file = self.arguments.words
         words = None if file is None else json.loads(file.read_text(encoding="utf-8"))
-        self.generator = RulerTasks(self.tokenizer, words, self.haystack)
+        split = None if self.chat is None else self.arguments.split
+        self.generator = RulerTasks(self.tokenizer, words, self.haystack, self.chat, split)
 
-    def question(self, task: str, length: int, seed: int, index: int) -> Question:
-        depth = self.depth(task, index)
-        prompt = self.generator.make(task, sample_rng(seed, task, length, index), length, depth)
-        record = {"expected": prompt.outputs}
-        if task in ONE_NEEDLE:
-            record["depth"] = prompt.depth if depth is None else depth
-        score = partial(string_match_all, outputs=prompt.outputs)
-        return Question(prompt.tokens, prompt.answer_tokens, score, prompt.values, record)
+    def questions(self, task: str, length: int, seed: int, index: int, most: int) -> list[Question]:
+        rng, depth = sample_rng(seed, task, length, index), self.depth(task, index)
+        found = []
+        for prompt in self.generator.make_all(task, rng, length, depth, most):
+            record = {"expected": prompt.outputs}
+            if task in ONE_NEEDLE:
+                record["depth"] = prompt.depth if depth is None else depth
+            score = partial(string_match_all, outputs=prompt.outputs)
+            found.append(Question(prompt.tokens, prompt.answer_tokens, score, prompt.values, record))
+        return found
+
+    def draw(self) -> None:
+        """Also the average of the tasks, by length, which is printed and written."""
+        super().draw()
+        averages = {}
+        for name in self.readers:
+            labels = [labelled(task, name) for task in self.arguments.tasks]
+            for length in self.arguments.lengths:
+                found = [
+                    row["accuracy"] for row in self.results.rows
+                    if row["length"] == length and row["task"] in labels and "accuracy" in row
+                ]  # fmt: skip
+                if len(found) == len(labels):
+                    averages[labelled(str(length), name)] = sum(found) / len(found)
+        self.results.content["average"] = averages
+        self.results.write()
+        print("average of the tasks:", ", ".join(f"{key}: {100 * value:.1f}" for key, value in averages.items()))

@@ -3,8 +3,8 @@ BABILong: bAbI stories told between the sentences of books, and a question about
 
 The benchmark is Kuratov et al., "BABILong: Testing the Limits of LLMs with Long Context Reasoning-in-a-Haystack",
 2024, https://arxiv.org/abs/2406.10149, code at https://github.com/booydar/babilong; its stories are of bAbI v1.2
-(Weston et al., 2015, https://arxiv.org/abs/1502.05698), files qaN_*_train.txt or .txt.gz. `babi_stories` says which
-of their stories are for evaluation.
+(Weston et al., 2015, https://arxiv.org/abs/1502.05698), files qaN_*_train.txt or .txt.gz. `chat_rows.stories` says
+which of their stories are for evaluation.
 
 As there: every question of a story is a sample, whose facts are the statements before it; the facts are put, in order,
 at places drawn uniformly, with repetition, among the ends of the sentences of a run of background text; the answer is
@@ -23,6 +23,8 @@ Not as there, so that small models that were never tuned to follow instructions 
       Question: Where is Mary?
       Answer:
 
+- In chat form the prompt is the message of a user, which ends in `Answer in one word: Where is Mary?`; examples are
+  turns before it, which the assistant has answered.
 - Only the first line of what the model writes counts, as a base model goes on with another question.
 - The length is that of the whole prompt, in tokens of the model, exactly; the benchmark's is that of background and
   facts.
@@ -34,14 +36,13 @@ name; in qa5 1/4 for a person and 1/3 for a thing.
 """
 
 import functools
-import gzip
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..chat_rows.chat import ChatFormat
+from ..chat_rows.stories import Story
 from ..tokens import encode, first_ids, ring_window
 
 
@@ -54,7 +55,7 @@ LABELS = {
     "qa4": ROOMS,
     "qa5": ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"),
 }
-EVALUATION_SHARE = 5  # one story in so many
+CHAT_QUESTION = "\n\nAnswer in one word: {}"
 SHORT_STORIES = 50  # examples are drawn from so many of the shortest stories
 
 # How byte-level and SentencePiece vocabularies write whitespace at the beginning of a token, and closing quotes.
@@ -62,72 +63,6 @@ WHITESPACE = ("Ġ", "Ċ", "ĉ", "č", "▁", "<0x0A>")
 CLOSING_QUOTES = ('"', "'", ")", "âĢĿ", "âĢĻ", "”", "’")
 TITLES = {"Mr", "Mrs", "Ms", "Dr", "St"}
 LEAD = 500  # tokens within which the beginning of a sentence is looked for
-
-
-class Story(NamedTuple):
-    """`support`: indices of the facts that the answer follows from."""
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
-    support: tuple[int, ...]
-
-
-# -- bAbI --
-
-
-def find_babi_file(folder: str | Path, task: str) -> Path:
-    """The largest set of stories of a task: in the folder en-10k of `folder`, else itself, else its folder en."""
-    for place in ("en-10k", ".", "en"):
-        if found := sorted((Path(folder) / place).glob(f"{task}_*_train.txt*")):
-            return found[0]
-    raise FileNotFoundError(f"`--babi`: there is no {task}_*_train.txt or .txt.gz in {folder}, its en-10k or its en.")
-
-
-def read_babi(file: Path) -> list[Story]:
-    """
-    Every question of every story, with the statements that come before it.
-
-    Lines are `ID text`, or `ID question <tab> answer <tab> IDs of the supporting facts`; ID 1 begins a new story.
-    """
-    stories, facts, ids = [], [], {}
-    opener = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for line in filter(str.strip, lines):
-            number, _, text = line.strip().partition(" ")
-            if number == "1":
-                facts, ids = [], {}
-            question, *answer = text.split("\t")
-            if answer:
-                support = tuple(ids[i] for i in answer[1].split())
-                stories.append(Story(tuple(facts), question.strip(), answer[0].strip(), support))
-            else:
-                ids[number] = len(facts)
-                facts.append(question.strip())
-    return stories
-
-
-def is_for_evaluation(facts: Sequence[str]) -> bool:
-    """
-    Whether a story is kept for evaluation, as about a fifth are: by the hash of its first two facts.
-
-    All questions of a story begin with these facts, as do its copies. So no order of stories, no other file of the
-    same task (`en` is the beginning of `en-10k`) and no repetition (of the 10,000 questions of qa4 only 5,213 are
-    distinct) can bring a story from one split into the other.
-    """
-    return zlib.crc32("\n".join(facts[:2]).encode()) % EVALUATION_SHARE == 0
-
-
-def babi_stories(folder: str | Path, task: str, split: str) -> list[Story]:
-    """
-    The distinct questions of one split, "train" or "evaluation", of a task, "qa1" to "qa20", in the order of the file.
-
-    To train on bAbI and evaluate with BABILong, train on "train". See `is_for_evaluation` and `find_babi_file`.
-    """
-    if split not in ("train", "evaluation"):
-        raise ValueError(f"`split` must be 'train' or 'evaluation', got {split!r}.")
-    stories = dict.fromkeys(read_babi(find_babi_file(folder, task)))
-    return [story for story in stories if is_for_evaluation(story.facts) == (split == "evaluation")]
 
 
 # -- prompts --
@@ -182,18 +117,27 @@ class Prompt(NamedTuple):
 
 
 class Prompts:
-    """Prompts of one task. `shots`: stories that come first as examples."""
+    """Prompts of one task. `shots`: stories that come first as examples. `chat`: for prompts in chat form."""
 
-    def __init__(self, background: Background, tokenizer, shots: Sequence[Story]):
-        self.background = background
+    def __init__(self, background: Background, tokenizer, shots: Sequence[Story], chat: ChatFormat | None = None):
+        self.background, self.chat = background, chat
         self.encode = functools.cache(functools.partial(encode, tokenizer))
-        text = "".join(f"{' '.join(s.facts)}\nQuestion: {s.question}\nAnswer: {s.answer}\n\n" for s in shots)
-        self.head = first_ids(tokenizer) + (encode(tokenizer, text) if text else [])
+        if chat is None:
+            text = "".join(f"{' '.join(s.facts)}\nQuestion: {s.question}\nAnswer: {s.answer}\n\n" for s in shots)
+            self.head = first_ids(tokenizer) + (encode(tokenizer, text) if text else [])
+        else:
+            self.head = chat.start.tolist()
+            for shot in shots:
+                asked = encode(tokenizer, " ".join(shot.facts) + CHAT_QUESTION.format(shot.question))
+                answer = encode(tokenizer, shot.answer)
+                self.head += [*asked, *chat.reply.tolist(), *answer, *chat.end.tolist(), *chat.next.tolist()]
 
     def parts(self, story: Story) -> tuple[list[list[int]], list[int]]:
         """The tokens of the facts, and of the question."""
         facts = [self.encode(f" {fact}") for fact in story.facts]
-        return facts, self.encode(f"\nQuestion: {story.question}\nAnswer:")
+        if self.chat is None:
+            return facts, self.encode(f"\nQuestion: {story.question}\nAnswer:")
+        return facts, self.encode(CHAT_QUESTION.format(story.question)) + self.chat.reply.tolist()
 
     def least(self, story: Story) -> int:
         """Tokens of a prompt without any background."""

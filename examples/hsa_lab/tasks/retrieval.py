@@ -122,7 +122,7 @@ class Sample:
         return float(self.needles[self.asked >= 0][0, 0]) / len(self.tokens)
 
 
-class _Strings:
+class Strings:
     """Random strings of a fixed number of characters, with a space before them, as token ids."""
 
     def __init__(self, tokenizer, alphabet: str, characters: int, first: str, pool: int, seed: int):
@@ -193,7 +193,7 @@ class _Facts:
         uuids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(sizes["uuid"])]
         texts = {"word": [word for words in sources for word in words if word.islower()] or TRADES, "uuid": uuids}
         self.values = {kind: encode_all([f" {text}" for text in texts[kind]]) for kind in texts}
-        self.numbers = [_Strings(tokenizer, string.digits, n, "1", pool, seed) for n in FACT_DIGITS]
+        self.numbers = [Strings(tokenizer, string.digits, n, "1", pool, seed) for n in FACT_DIGITS]
 
     @staticmethod
     def _make(rng: np.random.Generator, sources, name: str, pool: int) -> list[list[str]]:
@@ -257,9 +257,9 @@ class RetrievalTasks:
         if len(self.value_ids) < 2:
             raise ValueError(f"`value_ids` {value_ids} leaves fewer than two ids that are not special.")
         self.dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-        self.names = _Strings(tokenizer, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
-        self.numbers = _Strings(tokenizer, string.digits, MQ_DIGITS, "1", pool, pool_seed)
-        self.vt_numbers = _Strings(tokenizer, string.digits, VT_DIGITS, "1", pool, pool_seed)
+        self.names = Strings(tokenizer, string.ascii_uppercase, NAME_LETTERS, "A", pool, pool_seed)
+        self.numbers = Strings(tokenizer, string.digits, MQ_DIGITS, "1", pool, pool_seed)
+        self.vt_numbers = Strings(tokenizer, string.digits, VT_DIGITS, "1", pool, pool_seed)
         pieces = {
             "bar": " |",
             "key": " | One of the special magic values for long contexts is:",

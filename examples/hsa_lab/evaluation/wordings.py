@@ -1,11 +1,13 @@
 """
-Facts in plain English: which wordings of a fact does a model answer about?
+Facts in plain English, in a text that the model continues: which wordings of a fact does it answer about?
 
-    python examples/evaluate.py facts --model hub_card/hsa-books-10m --haystack books/validation.jsonl.gz \\
-        --output out/facts --lengths 4096 --samples 40
+    python examples/evaluate.py wordings --model hub_card/hsa-books-10m --haystack books/validation.jsonl.gz \\
+        --output out/wordings --lengths 4096 --samples 40
 
 One fact in a long text and a question about it, as `hsa_lab/tasks/facts.py` says. Greedy answers; one is right if it
-contains the value. Results: facts.json. HSA models: also the recall of the chunks that hold the fact.
+contains the value. Results: wordings.json. HSA models: also the recall of the chunks that hold the fact.
+
+For models that were trained on such wordings. `facts` asks chat models about facts of many more kinds.
 """
 
 from functools import partial
@@ -16,8 +18,8 @@ from ..tokens import encode, sample_rng
 from .harness import Evaluation, Question
 
 
-class Facts(Evaluation):
-    name, tasks = "facts", TASKS
+class Wordings(Evaluation):
+    name, tasks = "wordings", TASKS
 
     def question(self, task: str, length: int, seed: int, index: int) -> Question:
         rng = sample_rng(seed, task, length, index)
