@@ -27,6 +27,7 @@ KNOWN = 0.3  # share of the people who have done something else
 UNSAID = 0.12  # share of the events that do not tell who
 PASSIVE = 0.2
 FRAGMENT = 0.15  # share of the sentences as answers that are the part alone
+VARIED = 0.4  # share of the things of training rows that get an adjective
 ENDED = 0.35  # share of the things with more words behind them
 OWN = 0.35  # share of the questions in a wording for their part alone, where there is one
 SMALL = 100  # numbers below belong to all splits
@@ -184,6 +185,8 @@ class Events:
         head, *more = spec.split()
         if (pool := table().pools.get(head)) is not None:
             text = self.rng.choice(pool.of(self.source.split))
+            if self.source.split == "train" and text.startswith("the ") and self.rng.random() < VARIED:
+                text = f"the {self.source.word('adj')} {text[4:]}"
             if pool.ends and self.rng.random() < ENDED:
                 text += " " + self.rng.choice(pool.ends)
             return self._named(text.replace("*", "")), "*" in text

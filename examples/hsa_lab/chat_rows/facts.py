@@ -26,13 +26,13 @@ FRAMED = 0.2  # share of the questions with something said before or after them
 PLAIN = 0.5  # share of the sentences that stand in a text as they are
 # Kinds of question and how often they are asked.
 QUESTIONS = {
-    "direct": 0.50,
+    "direct": 0.54,
     "reverse": 0.12,
     "both": 0.08,
     "hop": 0.05,
     "group": 0.05,
     "check": 0.04,
-    "missing": 0.16,
+    "missing": 0.12,
 }
 
 

@@ -87,7 +87,7 @@ HINTS = (
     "Quote the answer from the text.",
 )
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(0-9])")
-MISSING = 0.12  # share of the questions that are those of a passage that is not there
+MISSING = 0.06  # share of the questions that are those of a passage that is not there
 PASSAGE_TOKENS = 4.0  # characters of a passage a token, about
 
 

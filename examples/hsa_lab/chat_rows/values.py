@@ -21,6 +21,19 @@ MONTHS = words()["month"]["train"]
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 DOMAINS = "com org net eu io info".split()
 TRIES = 2000
+# To train on, this share of the words of open pools is made up, so that they are read and not known: names and bare
+# words of syllables, others with a word more or another one at their end.
+INVENTED = 0.5
+NAMES = {"first", "last", "placestem", "companyhead", "city", "country", "noun", "adj"}
+PHRASES = {
+    "colour", "material", "profession", "hobby", "food", "language", "subject", "instrument", "animal", "topic",
+    "cause", "gift", "spot", "goal", "object",
+}  # fmt: skip
+ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
+INNER = "b d f g k l m n p r s t v z ld lm mb nd ng nt rd rk rn sk st th br dr tr".split()
+VOWELS = "a e i o u a e i o u ai ee ea ie oo ou".split()
+CODAS = ["", *"ck d ft l ll m n nd ng nt p r rd rk rn s sh st t th x".split()]
+ENDINGS = "a e i o y en er ia in io is on or us".split()
 
 
 class Source:
@@ -31,7 +44,39 @@ class Source:
         self.pools = {pool: members[split] for pool, members in words().items()}
 
     def word(self, pool: str) -> str:
-        return self.rng.choice(self.pools[pool])
+        member = self.rng.choice(self.pools[pool])
+        if self.split != "train" or pool not in NAMES | PHRASES or self.rng.random() > INVENTED:
+            return member
+        if pool in PHRASES:
+            return self.varied(member)
+        word = self._invented()
+        return word if pool in ("noun", "adj") else word.capitalize()
+
+    def varied(self, phrase: str) -> str:
+        """The phrase with a word more after its article, or, of several words, with another one at the end."""
+        article, _, rest = phrase.partition(" ")
+        if article not in ("a", "an", "the"):
+            article, rest = "", phrase
+        words = rest.split(" ")
+        if len(words) > 1 and self.rng.random() < 0.4:
+            words[-1] = self._invented()
+        else:
+            more = self._invented() if self.rng.random() < 0.5 else self.rng.choice(self.pools["adj"])
+            words.insert(0, more)
+        if article in ("a", "an"):
+            article = "an" if words[0][0] in "aeiou" else "a"
+        return " ".join(filter(None, [article, *words]))
+
+    def _invented(self) -> str:
+        """A word of two or three syllables that no pool has."""
+        choice = self.rng.choice
+        while True:
+            word = choice(ONSETS) + choice(VOWELS)
+            for _ in range(choice((0, 1, 1, 2))):
+                word += choice(INNER) + choice(VOWELS)
+            word += choice(CODAS) if self.rng.random() < 0.5 else choice(INNER) + choice(ENDINGS)
+            if len(word) > 3 and word not in _known():
+                return word
 
     def value(self, specification: str) -> str:
         """A value for the `value` of an attribute, like "int 10 99 kg" or "pool colour"."""
@@ -229,6 +274,13 @@ def _plural(noun: str) -> str:
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"
     return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeou" else noun + "s"
+
+
+@cache
+def _known() -> frozenset[str]:
+    """All words of all pools, in small letters."""
+    members = (member for splits in words().values() for found in splits.values() for member in found)
+    return frozenset(word for member in members for word in member.lower().split())
 
 
 @cache
