@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hsa_lab.adaptation.batches import FAMILIES, Batches, Tokens
 from hsa_lab.adaptation.chats import sample_chats
 from hsa_lab.adaptation.losses import retrieval_loss, token_losses
-from hsa_lab.adaptation.low_rank import LowRankLinear, add_low_rank, freeze_base, merged_weights, save_adapter
+from hsa_lab.adaptation.low_rank import (
+    LowRankLinear,
+    add_low_rank,
+    freeze_base,
+    load_adapter,
+    merged_weights,
+    save_adapter,
+)
 from hsa_lab.adaptation.recipe import rate_at, read_recipe
 from hsa_lab.adaptation.student import Student, Teacher
 from hsa_lab.chat_rows.mixture import Materials
@@ -234,6 +241,26 @@ def test_low_rank_changes_are_those_of_peft(folder, tmp_path):
     torch.testing.assert_close(adapted(ids).logits, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="low-rank"):
         save_adapter(merged, tmp_path, "base", torch.float32)
+
+    again = convert_to_hsa(base, **RECIPE["model"])
+    add_low_rank(again, 2, 4)
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    other = convert_to_hsa(base, **RECIPE["model"])
+    add_low_rank(other, 3, 4)
+    with pytest.raises(ValueError, match="`--adapter`: .* another shape"):
+        load_adapter(other, tmp_path)
+
+
+def test_a_run_can_begin_with_the_adapter_of_another(folder, run, tmp_path):
+    """Without a step that changes anything, it ends with the model that the other run ended with."""
+    recipe = RECIPE | {"optimizer": {**RECIPE["optimizer"], "muon_learning_rate": 0.0, "learning_rate": 0.0}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    train(folder, tmp_path / "run", "--recipe", str(tmp_path / "recipe.json"), "--adapter", str(run / "adapter"))
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", run))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-6)
 
 
 # -- recipes --

@@ -19,7 +19,9 @@ from hsa_lab.chat_rows import (
     families,
     mixture,
     prepare,
+    programs,
     qa,
+    quotes,
     stories,
     tables,
     values,
@@ -425,7 +427,9 @@ def test_hidden_things_are_everywhere_and_keep_their_order(builder):
     assert (histogram > 0.1 * len(places)).all()
 
 
-@pytest.mark.parametrize("family", ["facts", "facts in code", "code", "documents", "events", "ruler"])
+@pytest.mark.parametrize(
+    "family", ["facts", "facts in code", "code", "documents", "events", "programs", "quotes", "ruler"]
+)
 @pytest.mark.parametrize("length", [512, 1500])
 def test_rows_of_all_families(builder, family, length):
     materials = mixture.Materials(builder, "train")
@@ -441,6 +445,77 @@ def test_rows_of_all_families(builder, family, length):
     again = mixture.rows(materials, recipe, length, seed=1)
     assert all(np.array_equal(row.ids, next(again).ids) for row in rows)
     assert not all(np.array_equal(a.ids, b.ids) for a, b in zip(rows, mixture.rows(materials, recipe, length, seed=2)))
+
+
+def test_compound_attributes_are_of_one_split_and_hold_no_label_of_another():
+    found = {split: {attribute.label for attribute in tables.compounds(split)} for split in SPLITS}
+    assert len(found["train"]) > 10_000 and all(found.values())
+    assert sum(map(len, found.values())) == len(set.union(*found.values()))
+    labels = {a.label.lower() for a in tables.attributes() if a.split != "train"}
+    words = {f" {label} " for label in labels}
+    assert not any(word in f" {label.lower()} " for word in words for label in found["train"])
+    world = facts.World("train", random.Random(0), compounds=1.0)
+    told = [fact.attribute.label for _ in range(20) for fact in world.add()]
+    assert set(told) <= found["train"]
+    assert all(question.expected or question.kind == "missing" for question in world.questions(20, False))
+
+
+def test_only_words_of_training_are_made_up_and_they_are_no_words_of_pools():
+    known = {
+        word for pool in tables.words().values() for of in pool.values() for w in of for word in w.lower().split()
+    }
+    for split in SPLITS:
+        source = values.Source(split, random.Random(0))
+        names = {source.word("first").lower() for _ in range(300)}
+        assert bool(names - known) == (split == "train"), split
+        phrases = {source.word("food") for _ in range(300)}
+        assert bool(phrases - set(tables.words()["food"][split])) == (split == "train"), split
+    source = values.Source("train", random.Random(1))
+    for phrase in ("a burst pipe", "an old boiler", "the north wall", "chess"):
+        for _ in range(50):
+            varied = source.varied(phrase)
+            assert varied != phrase and varied[0].isalpha() and "  " not in varied
+            if phrase.startswith(("a ", "an ")):
+                article, first = varied.split()[:2]
+                assert article == ("an" if first[0] in "aeiou" else "a")
+
+
+def test_quotations_are_in_the_text_with_their_answers(tokenizer, haystack):
+    kinds = collections.Counter()
+    for seed in range(30):
+        plan = quotes.quote_plan(random.Random(seed), haystack, tokenizer, 8, 2048)
+        for turn in plan.turns:
+            kinds[turn.kind] += 1
+            told = " ".join(
+                text.strip() for block in plan.blocks for text, keys in block if set(keys) & set(turn.evidence)
+            )
+            (answer, asked), plain = turn.answer[0], told.replace('"', "'")
+            assert asked and answer.replace('"', "'") in plain
+            quotation = turn.question.split('"')[1].removesuffix(" ...")
+            whole = quotation.replace("____", answer) if turn.kind == "blank" else quotation
+            assert whole in plain, (whole, plain)
+    assert {"next", "before", "blank", "after"} <= kinds.keys()
+
+
+def test_speakers_are_found():
+    sentences = ['"It is far too late to go there now," said Mr. Carlow, and rose.', "He left."]
+    turn = quotes._speaker(random.Random(0), sentences, 3)
+    assert turn.answer == [("Mr. Carlow", True)] and turn.evidence == [(3, 0)]
+    assert quotes._speaker(random.Random(0), ['"It is far too late to go there now," said He.'], 0) is None
+
+
+def test_questions_about_programs_have_one_answer_that_is_told():
+    for seed in range(60):
+        plan = programs.program_plan(random.Random(seed), 12, 3000)
+        text = "".join(piece for block in plan.blocks for piece, _ in block)
+        assert plan.turns
+        for turn in plan.turns:
+            assert bool(turn.evidence) == (turn.kind != "missing")
+            value = "".join(part for part, asked in turn.answer if asked)
+            if turn.kind == "program" and not value.startswith(("It ", "when ")):
+                assert value in text, (turn, text)
+        for block in plan.blocks:
+            compile("".join(piece for piece, _ in block), "made-up", "exec")
 
 
 def test_evidence_holds_the_answer(builder):
