@@ -70,6 +70,7 @@ def test_eval_results_are_what_the_hub_reads():
         assert entries and all(0 <= entry.value <= 100 for entry in entries)
 
 
+@pytest.mark.slow
 def test_push_uploads_the_folder_under_its_name(monkeypatch):
     calls = []
 
@@ -104,6 +105,7 @@ def build(name: str, output: Path) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_what_is_built_is_the_model_with_its_code(alone):
     source = {str(file.relative_to(FOLDER)): file for file in FOLDER.rglob("*") if file.is_file()}
     built = {str(file.relative_to(alone / NAME)): file for file in (alone / NAME).rglob("*") if file.is_file()}
@@ -116,6 +118,7 @@ def test_what_is_built_is_the_model_with_its_code(alone):
     assert config == json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -126,6 +129,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="invalid choice: 'hsa-books'.*hsa-books-10m"):
         build("hsa-books", tmp_path / "out")
@@ -160,6 +164,7 @@ def test_long_snippet_runs_without_the_package(alone):
 # -- examples/plot.py retrieval --
 
 
+@pytest.mark.slow
 def test_retrieval_is_plotted(tmp_path):
     files = [str(file) for file in sorted((FOLDER / "results").glob("paper_*.json"))]
     run_example("plot.py", tmp_path, "retrieval", "--results", "HSA", *files, output=tmp_path / "plots")
@@ -167,6 +172,7 @@ def test_retrieval_is_plotted(tmp_path):
     assert made == {"accuracy.png": b"\x89PNG", "depth_s_niah.png": b"\x89PNG"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -184,6 +190,7 @@ def test_results_that_cannot_be_plotted_are_refused(tmp_path, files, message):
 # -- examples/plot.py training --
 
 
+@pytest.mark.slow
 def test_curves_of_runs_are_compared(tmp_path):
     logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
     logs += ["--log", "without", REPOSITORY / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
@@ -239,6 +246,7 @@ def test_ask_about_documents_of_about_a_chunk(tmp_path, sentences):
         assert int(chunk) < int(chunks) and passage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
