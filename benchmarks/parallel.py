@@ -1,12 +1,16 @@
 """
-Checks models that are spread over two GPUs against the same models on one, and writes what errors were seen:
+Checks models that are spread over two GPUs against the same models on one, and writes what errors were seen. From the
+root of the repository:
 
-    python benchmarks/parallel.py --output benchmarks/results/gpu/parallel.json
+    python -m benchmarks.parallel --output benchmarks/results/gpu/parallel.json
 
 `device_map` (in every way to cut the model, and "auto") must change no bit. Tensor parallelism, DDP and FSDP2 run the
 cases of tests/distributed/cases.py that are named there for GPUs, each compared in logits, every gradient, a step of
 training, and generation; errors are relative to the norm. The models are tiny: this is no measure of speed.
-`--device cpu` runs the same on the CPU (gloo, and disk in place of the second GPU). Exits with 1 if anything is wrong.
+
+The file is written whenever a case ends. One that takes longer than `--limit` seconds has failed, and its traceback is
+in the file. `--device cpu` runs the same on the CPU (gloo, and the disk in place of the second GPU). Exits with 1 if
+anything is wrong.
 """
 
 import argparse
@@ -15,23 +19,22 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import transformers
 
+from tests.distributed.cases import ON_CPU, ON_GPUS
+from tests.distributed.device_maps import starts
+from tests.distributed.launch import problems, run_cases, run_device_maps, untrained_entries
+from tests.models import tiny_model
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-from tests.distributed import device_maps  # noqa: E402
-from tests.distributed.cases import ON_CPU, ON_GPUS  # noqa: E402
-from tests.distributed.launch import problems, run_cases, untrained_entries  # noqa: E402
-from tests.helpers import OTHER_ORDER  # noqa: E402
-from tests.models import tiny_model  # noqa: E402
+DEVICE_MAP = "device_map-"
 
 
 def commit() -> str | None:
@@ -53,66 +56,86 @@ def environment(device: str) -> dict[str, object]:
     return found
 
 
-def run_device_maps(device: str) -> dict[str, dict]:
-    """Per place where the model is cut: which answers are different, and the relative error of its gradients."""
-    first, second = (0, 1) if device == "cuda" else ("cpu", "disk")
-    model, results = tiny_model(), {}
-    ids = torch.randint(1, model.config.vocab_size, (2, 150), device=first)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        whole = device_maps.load_split(folder, first)
-        maps = {start: device_maps.split_map(model, start, first, second) for start in device_maps.starts(model)}
-        if device == "cuda":
-            maps["auto"] = "auto"
-        for name, places in maps.items():
-            split = device_maps.load_split(folder, places, offload_folder=Path(folder) / "offloaded")
-            result = {
-                "different": device_maps.different(whole, split, ids),
-                "places": sorted({str(place) for place in split.hf_device_map.values()}),
-            }
-            if second != "disk":  # what is there cannot be trained
-                result["gradient_error"] = device_maps.gradient_error(whole, split, ids)
-            results[name] = result
-    return results
+def all_cases(device: str) -> list[str]:
+    cuts = [DEVICE_MAP + start for start in starts(tiny_model())]
+    if device == "cpu":
+        return [*(name for name in ON_GPUS if name in ON_CPU), *cuts]
+    return [*ON_GPUS, f"{DEVICE_MAP}auto", *cuts]
+
+
+class Results:
+    """Those of the cases that ended, in a file."""
+
+    def __init__(self, names: list[str], output: Path, head: dict[str, object]):
+        self.names, self.output, self.head = names, output, head
+        self.cases: dict[str, dict] = {}
+        self.start, self.lock = time.perf_counter(), threading.Lock()
+        self.write()
+
+    def add(self, result: dict) -> None:
+        with self.lock:
+            self.cases[result["case"]] = result
+            wrong = problems([result["case"]], {result["case"]: result})
+            print(f"{len(self.cases)}/{len(self.names)} {result['case']}: {wrong or 'right'}", flush=True)
+            self.write()
+
+    def wrong(self) -> dict[str, object]:
+        found = problems(self.names, self.cases)
+        if set(ON_GPUS) <= set(self.names) and (untrained := untrained_entries(self.cases)):
+            found["entries of the plan that no case trained"] = sorted(untrained)
+        return found
+
+    def write(self) -> None:
+        seconds = round(time.perf_counter() - self.start, 1)
+        cases = {
+            name: {key: value for key, value in result.items() if key not in ("case", "trained") and value}
+            for name, result in self.cases.items()
+        }
+        content = {**self.head, "seconds": seconds, "wrong": self.wrong(), "cases": cases}
+        temporary = self.output.with_suffix(".part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.output)
+
+
+def run_all(names: list[str], device: str, limit: float, results: Results) -> None:
+    """Three kinds at a time, as starting and compiling take longer than what the GPUs do."""
+    cuts = [name.removeprefix(DEVICE_MAP) for name in names if name.startswith(DEVICE_MAP)]
+    tensor_parallel = [name for name in names if name.startswith("tp-")]
+    others = [name for name in names if name not in tensor_parallel and not name.startswith(DEVICE_MAP)]
+
+    def add_cut(result: dict) -> None:
+        results.add({**result, "case": DEVICE_MAP + result["case"]})
+
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(run_cases, tensor_parallel, device, limit, results.add),
+            pool.submit(run_cases, others, device, limit, results.add),
+            pool.submit(run_device_maps, cuts, device, limit, add_cut),
+        ]
+    for job in jobs:
+        job.result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="only these; what the file has tells their names")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a case may take, or the start")
     parser.add_argument("--commit", default=commit(), help="where the code is no checkout of git")
     args = parser.parse_args()
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         parser.error(f"two GPUs are needed, but PyTorch sees {torch.cuda.device_count()}. Use --device cpu.")
+    known = all_cases(args.device)
+    if unknown := set(args.cases or ()) - set(known):
+        parser.error(f"no such cases: {', '.join(sorted(unknown))}. There are {', '.join(known)}.")
 
-    start = time.perf_counter()
-    maps = run_device_maps(args.device)
-    names = [name for name in ON_GPUS if args.device == "cuda" or name in ON_CPU]
-    cases = run_cases(names, device=args.device)
-    wrong: dict[str, object] = problems(names, cases)
-    wrong |= {
-        f"device_map {name}": result
-        for name, result in maps.items()
-        if result["different"] or not result.get("gradient_error", 0.0) <= OTHER_ORDER
-    }
-    if args.device == "cuda" and len(maps["auto"]["places"]) < 2:
-        wrong["device_map auto"] = "used one GPU only"
-    if untrained := untrained_entries(cases):
-        wrong["entries of the plan that no case trained"] = sorted(untrained)
-    results = {
-        "commit": args.commit,
-        "environment": environment(args.device),
-        "seconds": round(time.perf_counter() - start, 1),
-        "wrong": wrong,
-        "device_map": maps,
-        "processes": {
-            name: {key: value for key, value in result.items() if key != "trained" and value}
-            for name, result in cases.items()
-        },
-    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: results[key] for key in ("environment", "seconds", "wrong")}, indent=1))
+    head = {"commit": args.commit, "environment": environment(args.device)}
+    results = Results(args.cases or known, args.output, head)
+    run_all(results.names, args.device, args.limit, results)
+    wrong = results.wrong()
+    print(f"{len(results.names) - len(wrong)} of {len(results.names)} cases are right: {args.output}")
     sys.exit(1 if wrong else 0)
 
 

@@ -84,8 +84,10 @@ class HSAChunkEncoder(nn.Module):
             new = self.encode(chunks.flatten(0, 1))
         elif self.training and torch.is_grad_enabled():
             # A chunk of zeros, dropped at once, gives every parameter a (zero) gradient, which data-parallel training
-            # needs.
-            new = tuple(x[:0] for x in self.encode(chunks.new_zeros(1, *chunks.shape[2:])))
+            # needs. Added to the empty chunks it hangs on `hidden_states`: the backward of the encoder has to come
+            # where it comes in processes that have chunks, or the collectives of FSDP are out of order.
+            padded = nn.functional.pad(chunks.flatten(0, 1), (0, 0, 0, 0, 0, 1))
+            new = tuple(x[:0] for x in self.encode(padded))
         else:
             new = self._no_chunks(chunks)
         return EncodedChunks(*(x.unflatten(0, (batch, num_chunks)) for x in new))

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import fields
+from operator import itemgetter
 
 from configuration_hsa import HSAConfig
 
@@ -17,25 +18,27 @@ _BUILT_FIELDS = tuple(
 )
 
 
+# Of `vars(config)`, as the attribute access of a configuration costs more than a check of every call may.
+_built, _live = itemgetter(*_BUILT_FIELDS), itemgetter(*_LIVE_FIELDS)
+
+
 class ConfigGuard:
     """Remembers what a model was made from."""
 
     def __init__(self, config: HSAConfig):
-        self.built = {name: copy.deepcopy(getattr(config, name)) for name in _BUILT_FIELDS}
-        self.live = [getattr(config, name) for name in _LIVE_FIELDS]
+        self.built, self.live = copy.deepcopy(_built(vars(config))), _live(vars(config))
 
     def check(self, config: HSAConfig) -> None:
         """
         Raises: ValueError for a field that was changed and cannot be, or to something that it cannot be.
         """
-        for name, value in self.built.items():
-            if getattr(config, name) != value:
-                raise ValueError(
-                    f"`config.{name}` was {value!r} when the model was made and is now {getattr(config, name)!r}, but "
-                    f"its modules are as they were. Put it back, or load the model with `from_pretrained(..., "
-                    f"{name}=...)`."
-                )
-        live = [getattr(config, name) for name in _LIVE_FIELDS]
+        built, live = _built(vars(config)), _live(vars(config))
+        if built != self.built:
+            name, value, now = next(x for x in zip(_BUILT_FIELDS, self.built, built) if x[1] != x[2])
+            raise ValueError(
+                f"`config.{name}` was {value!r} when the model was made and is now {now!r}, but its modules are as "
+                f"they were. Put it back, or load the model with `from_pretrained(..., {name}=...)`."
+            )
         if live != self.live:
             config.validate_hsa()
             self.live = live

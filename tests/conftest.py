@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import os
+from zlib import crc32
 
 import pytest
 import torch
@@ -40,12 +41,59 @@ _torch_random = _TorchRandom()
 register_random(_torch_random)
 
 
-def pytest_collection_modifyitems(items):
+def covering(cases: list[set]) -> list[int]:
+    """The numbers of a few cases that together have every value of any."""
+    missing, chosen = set().union(*cases), []
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(cases[i] & missing))
+        chosen.append(best)
+        missing -= cases[best]
+    return chosen
+
+
+def variant_of(item) -> str | None:
+    """The key of `VARIANTS` that a case is about."""
+    parameters = item.callspec.params
+    name = parameters.get("variant_model", parameters.get("name"))
+    return name if isinstance(name, str) and name in VARIANTS else None
+
+
+def fast_cases(cases: list) -> list:
+    """
+    Those of a test that the fast tier has. One variant of the model, of `FAST_VARIANTS`, which one follows from the
+    name of the test; with it every argument takes each of its values, but not all combinations of them. In a test of
+    Triton kernels, which are slow to interpret, one case.
+    """
+    variants = [name for name in FAST_VARIANTS if name in map(variant_of, cases)]
+    if variants:
+        variant = variants[crc32(cases[0].originalname.encode()) % len(variants)]
+        cases = [case for case in cases if variant_of(case) == variant]
+    elif any(map(variant_of, cases)):
+        return []
+    if cases[0].path.name.startswith("test_triton"):
+        return cases[:1]
+    # Values by identity, as not all can be hashed.
+    values = [{(argument, id(value)) for argument, value in case.callspec.params.items()} for case in cases]
+    return [cases[i] for i in covering(values)]
+
+
+def mark_slow(items) -> None:
+    """What repeats a case of the fast tier, and searches for counterexamples, are slow too."""
+    tests: dict[str, list] = {}
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        variant = parameters.get("variant_model", parameters.get("name"))
-        if variant in VARIANTS and variant not in FAST_VARIANTS:
+        if getattr(item.obj, "is_hypothesis_test", False):
             item.add_marker(pytest.mark.slow)
+        elif hasattr(item, "callspec") and "slow" not in item.keywords:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        fast = fast_cases(cases)
+        for case in cases:
+            if case not in fast:
+                case.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_modifyitems(items):
+    mark_slow(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -81,6 +81,8 @@ def _data_parallel(strategy: str, **fields) -> dict[str, Case]:
         "untied": Case(strategy, {**fields, "tie_word_embeddings": False}, uneven),
         "accumulation": Case(strategy, fields, ((5, 50, 17, 3), (33, 3, 40, 16)), accumulate=2),
         "checkpointing": Case(strategy, fields, uneven, checkpointing="non-reentrant"),
+        # Layers run between the encoder and the first that retrieves.
+        "early_encoder": Case(strategy, {**fields, **VARIANTS["early_encoder"]}, uneven),
         "frozen_backbone": Case(strategy, fields, uneven, frozen="model.layers"),
         "frozen_chunk_encoder": Case(strategy, fields, uneven, frozen="model.chunk_encoder"),
     }
@@ -102,18 +104,19 @@ CASES = {f"{group}-{name}": case for group, cases in GROUPS.items() for name, ca
 # To shard a model, accelerate wants a GPU.
 ON_CPU = tuple(name for name in CASES if not name.startswith("accelerate_fsdp"))
 # One of each kind, within seconds.
-FEW = ("tp-default", "tp-three_heads", "pp-refused", "ddp-uneven")
-# What may differ between devices, without every switch of the model.
-ON_GPUS = (
+FEW = ("tp-default", "tp-three_heads", "pp-refused", "ddp-uneven", "fsdp-uneven")
+# What may differ between devices, without every switch of the model. First one of each kind.
+ON_GPUS = tuple(dict.fromkeys([
+    *("tp-default", "ddp-uneven", "fsdp-uneven", "accelerate_fsdp-uneven", "transformers_fsdp-uneven"),
     *(f"tp-{name}" for name in (
-        "default", "stick_breaking", "joint", "no_local_attention", "two_retrieval_heads", "two_memory_heads",
+        "stick_breaking", "joint", "no_local_attention", "two_retrieval_heads", "two_memory_heads",
         "no_qk_norm", "shorter_than_a_chunk", "padded", "packed", "untied", "accumulation",
         "non_reentrant_checkpointing", "bf16", "bf16_joint",
     )),
     *(f"{group}-{name}" for group in ("ddp", "fsdp", "accelerate_fsdp", "transformers_fsdp") for name in (
         "uneven", "packed", "accumulation", "frozen_chunk_encoder",
     )),
-)  # fmt: skip
+]))  # fmt: skip
 
 
 def make_batch(lengths: tuple[int, ...], packed: bool, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:

@@ -1,11 +1,26 @@
-"""A model whose modules lie in different places, in one process, against the same model on one device."""
+"""
+A model whose modules lie in different places, in one process, against the same model on one device. Cuts it at each of
+the modules that are named, or as `device_map="auto"` does:
 
+    python -m tests.distributed.device_maps --output results.jsonl [--device cuda] [model.norm auto ...]
+
+The second place is the second GPU, or with `--device cpu` the disk. A line of the file is a `case` that ended, its
+`seconds`, the `places` of its modules, and `errors`: the relative error of its gradients and, of the answers that
+should be the same to the bit, how many are not.
+"""
+
+import argparse
+import faulthandler
+import json
+import tempfile
+import time
 from pathlib import Path
 
 import torch
 
 from modeling_hsa import HSAForCausalLM
 from tests.helpers import relative_error
+from tests.models import tiny_model
 
 
 def starts(model: HSAForCausalLM) -> list[str]:
@@ -67,3 +82,42 @@ def gradient_error(whole: HSAForCausalLM, split: HSAForCausalLM, ids: torch.Tens
         model.eval()
         gradients.append(torch.cat([parameter.grad.cpu().flatten() for parameter in model.parameters()]))
     return relative_error(*gradients)
+
+
+def compare(name: str, folder: Path, device: str) -> dict[str, object]:
+    """The result for the model saved in `folder`, cut at the module `name`."""
+    start = time.perf_counter()
+    first, second = (0, 1) if device == "cuda" else ("cpu", "disk")
+    whole = load_split(folder, first)
+    places = name if name == "auto" else split_map(whole, name, first, second)
+    split = load_split(folder, places, offload_folder=folder / "offloaded")
+    used = sorted({str(place) for place in getattr(split, "hf_device_map", {}).values()})
+    if len(used) < 2:
+        raise AssertionError("All modules were put in one place.")
+    ids = torch.randint(1, whole.config.vocab_size, (2, 150), device=first)
+    errors = {"different answers": float(len(different(whole, split, ids)))}
+    if second != "disk":  # what is there cannot be trained
+        errors["gradients"] = gradient_error(whole, split, ids)
+    return {"case": name, "seconds": round(time.perf_counter() - start, 1), "places": used, "errors": errors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", metavar="MODULE")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a case may take, or the start")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        for name in args.cases:
+            faulthandler.dump_traceback_later(args.limit, exit=True)
+            result = compare(name, Path(folder), args.device)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

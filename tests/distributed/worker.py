@@ -1,21 +1,26 @@
 """
 Runs cases of `cases.py` in this process, one of several that torchrun started, and writes what came out:
 
-    torchrun --nproc_per_node 2 -m tests.distributed.worker --output results.json [--device cuda] [CASE ...]
+    torchrun --nproc_per_node 2 -m tests.distributed.worker --output results.jsonl [--device cuda] [CASE ...]
 
-The file holds for every case `errors`, the largest relative error of each thing compared and of all processes (in bf16
-`excess`, the error over that of one process), and for tensor parallelism `trained`, the entries of the plan whose
-parameters got a gradient; or `refused`, the error that was expected; or `failure`, one that was not.
+A line of the file is a `case` that ended, its `seconds`, and `errors`, the largest relative error of each thing
+compared and of all processes (in bf16 `excess`, the error over that of one process), and for tensor parallelism
+`trained`, the entries of the plan whose parameters got a gradient; or `refused`, the error that was expected.
+
+A process ends with a traceback when a case fails, since the others then wait for it in vain, and when one takes longer
+than `--limit` seconds.
 """
 
 import argparse
 import contextlib
+import faulthandler
+import gc
 import json
 import os
 import shutil
 import tempfile
+import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,6 +43,11 @@ LEARNING_RATE = 0.1
 def whole(x: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which this process may hold only a part."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def largest(errors: list[float]) -> float:
+    """NaN if one is."""
+    return torch.tensor(errors, dtype=torch.float64).max().item()
 
 
 def make_model(case: Case) -> HSAForCausalLM:
@@ -74,7 +84,7 @@ class Comparison:
         return [{name: x.to(self.device) for name, x in batch.items()} for batch in steps]
 
     def report(self, what: str, error: float) -> None:
-        self.errors[what] = max(self.errors.get(what, 0.0), error)
+        self.errors[what] = largest([self.errors.get(what, 0.0), error])
 
     def train(self, model, backward_passes, ranks: range, share: float) -> None:
         """
@@ -114,6 +124,16 @@ class Comparison:
             inputs = {name: x for name, x in batch.items() if name != "labels"}
             expected = self.expected(**inputs, use_cache=False).logits
             self.report(what, relative_error(model(**inputs, use_cache=False).logits, expected))
+
+    def compare_generation(self, model) -> None:
+        batch = {name: x for name, x in self.steps(0)[0].items() if name in ("input_ids", "attention_mask")}
+        if "attention_mask" in batch:  # `generate` continues rows at their right end
+            batch = {name: x.flip(1) for name, x in batch.items()}
+        arguments = {**batch, "max_new_tokens": 20, "do_sample": False, "output_logits": True}
+        runs = [both.generate(**arguments, return_dict_in_generate=True) for both in (model, self.expected)]
+        actual, expected = (torch.stack(run.logits) for run in runs)
+        self.report("logits of generate", relative_error(actual, expected))
+        self.report("tokens of generate", float((runs[0].sequences != runs[1].sequences).any()))
 
 
 @contextlib.contextmanager
@@ -169,14 +189,7 @@ def tensor_parallel(case: Case, comparison: Comparison) -> None:
         both.eval()
     comparison.compare_logits(model, "logits after training")
     comparison.compare_logits(_saved(model, comparison), "logits of the saved model")
-    batch = {name: x for name, x in comparison.steps(0)[0].items() if name in ("input_ids", "attention_mask")}
-    if "attention_mask" in batch:  # `generate` continues rows at their right end
-        batch = {name: x.flip(1) for name, x in batch.items()}
-    arguments = {**batch, "max_new_tokens": 20, "do_sample": False, "output_logits": True}
-    runs = [both.generate(**arguments, return_dict_in_generate=True) for both in (model, comparison.expected)]
-    actual, expected = (torch.stack(run.logits) for run in runs)
-    comparison.report("logits of generate", relative_error(actual, expected))
-    comparison.report("tokens of generate", float((runs[0].sequences != runs[1].sequences).any()))
+    comparison.compare_generation(model)
 
 
 def _trained_entries(model) -> set[str]:
@@ -226,6 +239,7 @@ def _train_in_parallel(model, comparison: Comparison, step_context, backward=tor
     model.eval()
     comparison.expected.eval()
     comparison.compare_logits(model, "logits after training")
+    comparison.compare_generation(model.module if isinstance(model, DistributedDataParallel) else model)
 
 
 def ddp(case: Case, comparison: Comparison) -> None:
@@ -295,29 +309,36 @@ STRATEGIES = {
 
 
 def run_case(case: Case, device: torch.device) -> dict:
-    """Of this process. A refusal that was expected has no errors; none where one was expected is a failure."""
+    """What this process adds to the result of a case. A refusal that was expected has no errors."""
+    comparison = Comparison(case, device)
     try:
-        comparison = Comparison(case, device)
         STRATEGIES[case.strategy](case, comparison)
-    except Exception as error:
-        if case.refused and isinstance(error, ValueError) and case.refused in str(error):
-            return {"refused": str(error)}
-        return {"failure": traceback.format_exc()}
+    except ValueError as error:
+        if not case.refused or case.refused not in str(error):
+            raise
+        return {"refused": str(error)}
     if case.refused:
-        return {"failure": f"no error that says {case.refused}"}
+        raise AssertionError(f"no error that says {case.refused}")
     return {"errors": comparison.errors, "excess": comparison.excess, "trained": sorted(comparison.trained)}
 
 
 def merge(results: list[dict]) -> dict:
-    """Of all processes: the first failure, or the largest errors."""
-    for result in results:
-        if "failure" in result:
-            return result
+    """Of all processes, with the largest errors."""
     merged = dict(results[0])
     for key in ("errors", "excess"):
         if key in merged:
-            merged[key] = {what: max(result[key][what] for result in results) for what in merged[key]}
+            merged[key] = {what: largest([result[key][what] for result in results]) for what in merged[key]}
     return merged
+
+
+def run_together(name: str, device: torch.device) -> dict:
+    """The result of a case, of all processes."""
+    start = time.perf_counter()
+    everyone: list[dict | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, run_case(CASES[name], device))
+    # Sharded models lie in reference cycles. They take memory, and one that is left when Python exits can abort it.
+    gc.collect()
+    return {"case": name, "seconds": round(time.perf_counter() - start, 1), **merge(everyone)}
 
 
 def main() -> None:
@@ -325,21 +346,25 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help="a key of `cases.CASES`")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a case may take, or the start")
     args = parser.parse_args()
 
+    faulthandler.dump_traceback_later(args.limit, exit=True)
     torch.set_num_threads(1)
     device = torch.device(args.device, *([int(os.environ["LOCAL_RANK"])] if args.device == "cuda" else []))
     if args.device == "cuda":
         torch.cuda.set_device(device)
-    # A process that fails alone leaves the other waiting: not for long.
-    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(seconds=120))
-    results = {}
-    for name in args.cases:
-        everyone: list[dict | None] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, run_case(CASES[name], device))
-        results[name] = merge(everyone)
-        if distributed.get_rank() == 0:
-            args.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        for name in args.cases:
+            faulthandler.dump_traceback_later(args.limit, exit=True)
+            result = run_together(name, device)
+            if distributed.get_rank() == 0:
+                with args.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # an orderly exit would wait for the others
     distributed.destroy_process_group()
 
 

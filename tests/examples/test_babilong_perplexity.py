@@ -111,6 +111,7 @@ def direct_losses(model, tokens: np.ndarray) -> np.ndarray:
     return torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none").numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hsa", "llama"])
 @pytest.mark.parametrize("segment", [0, 7, 64])
 def test_losses_are_those_of_one_pass(data, stream, tmp_path, monkeypatch, kind, segment):
@@ -190,6 +191,7 @@ def test_intervals_are_those_of_student():
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hsa", "llama"])
 def test_perplexity_as_a_command(data, stream, tmp_path, kind):
     """On texts and on their tokens, with the same results; windows that the text is too short for are refused."""
@@ -315,6 +317,7 @@ def test_answers_are_checked_as_the_benchmark_does(output, question, answer, rig
     assert babilong.is_correct(output, story, ROOMS) == right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hsa", "llama"])
 def test_babilong_as_a_command(data, tmp_path, kind):
     flags = {
@@ -354,6 +357,7 @@ def test_a_model_that_knows_is_right(data, tmp_path, monkeypatch):
     assert row["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_babilong_in_a_process_of_its_own(data, tmp_path):
     """Also with the chunk memory on the CPU, which is where it is here anyway."""
     flags = {"model": data.folder / "hsa", "babi": data.babi, "haystack": data.folder / "texts.jsonl.gz"}

@@ -50,6 +50,7 @@ def test_impossible_documents_are_refused(characters, facts):
         make_document(0, characters, facts)
 
 
+@pytest.mark.slow
 def test_text_generator_as_a_command(tmp_path):
     files = {"output": tmp_path / "new" / "text.txt", "facts_output": tmp_path / "facts.json"}
     run_example("prepare.py", tmp_path, "chronicle", characters=3000, seed=1, facts=2, **files)

@@ -37,6 +37,7 @@ def write_files(folder: Path) -> tuple[list[str], list[str]]:
     return [str(folder / name) for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl.gz")], [str(folder / "e.jsonl")]
 
 
+@pytest.mark.slow
 def test_streams_decode_to_the_text(tmp_path):
     train, validation = write_files(tmp_path)
     output = tmp_path / "corpus"
@@ -88,6 +89,7 @@ def test_digits_are_single():
     assert [token for token in map(tokenizer.decode, tokens) if any(map(str.isdigit, token))] == list("198466")
 
 
+@pytest.mark.slow
 def test_preparing_needs_no_datasets(tmp_path):
     """One tokenizer code, which train.py shares; it must not bring `datasets` along."""
     hidden = "import runpy, sys; sys.modules.update(datasets=None); sys.argv.pop(0); "

@@ -172,6 +172,7 @@ def build(folders, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", Paper.tasks)
 def test_scores_of_a_cheat_a_near_miss_and_a_guess(build, task):
     words = ("paper", "--samples", 4, "--seeds", 0, 1, "--batch_size", 3, "--segment", 200)
@@ -214,6 +215,7 @@ def test_wilson_interval():
 # -- the commands --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hsa", "llama"])
 @pytest.mark.parametrize("protocol", ["paper", "ruler"])
 def test_protocols_from_a_folder(folders, tmp_path, capsys, name, protocol):
@@ -239,6 +241,7 @@ def test_protocols_from_a_folder(folders, tmp_path, capsys, name, protocol):
     assert (tmp_path / map_file).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [None, True, False])
 def test_answers_to_wordings_are_matched(folders, tmp_path, monkeypatch, right):
     def say(self, ids, *options):

@@ -135,6 +135,7 @@ def test_text_is_made_of_as_many_excerpts_as_asked_for(tmp_path, parts):
     assert len(set(ids[:, 0].tolist())) == 10 and not answers.any() and (source == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stops"), [("hsa", 8), ("qwen3", 2)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(recipes, corpus, tmp_path, name, stops):
     recipe = recipes / f"{name}.json"
@@ -218,6 +219,7 @@ def test_retrieval_loss_is_that_of_the_wanted_chunks():
     assert zero.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_run_after_its_batch(monkeypatch, recipes, corpus, tmp_path):
     step = training.Step.__call__
 
@@ -235,6 +237,7 @@ def test_an_interrupt_ends_a_run_after_its_batch(monkeypatch, recipes, corpus, t
     torch.testing.assert_close(weights(tmp_path / "interrupted"), weights(tmp_path / "stopped"), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_whole_is_passed_over(recipes, corpus, tmp_path):
     """A run that was killed while it saved goes on from the checkpoint before."""
     run(recipes / "hsa.json", corpus, tmp_path, "--minutes", "0")
@@ -362,6 +365,7 @@ def test_a_compiled_run_trains_alike_and_saves_the_model_as_it_is(recipes, corpu
     assert compiled == pytest.approx(plain, rel=1e-3) and plain[-1] < 0.97 * plain[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_run_takes_the_attention_asked_for(monkeypatch, recipes, corpus, tmp_path, resumed):
     used, step = [], training.Step.__call__
@@ -378,6 +382,7 @@ def test_a_run_takes_the_attention_asked_for(monkeypatch, recipes, corpus, tmp_p
     assert used == ["sdpa"] * resumed + ["eager"]
 
 
+@pytest.mark.slow
 def test_weights_are_cut_into_files_of_the_size_asked_for(recipes, corpus, tmp_path):
     run(recipes / "hsa.json", corpus, tmp_path, "--minutes", "0", "--max_shard_size", "50KB")
     files = list(tmp_path.glob("*.safetensors"))
@@ -423,6 +428,7 @@ def test_a_recipe_has_the_fields_of_the_one_it_is_like(recipes, tmp_path):
     assert read_recipe(recipes / "deeper" / "other.json") == RECIPE | {"model": BASELINE["model"], "stages": []}
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(recipes, corpus, tmp_path):
     recipe = recipes / "hsa.json"
     with pytest.raises(ValueError, match="`--corpus`: .* has no train.npy. Make it with prepare.py"):
@@ -466,6 +472,7 @@ def test_the_recipes_of_the_repository_make_models_that_fit(corpus, name):
     assert parameters(name) == pytest.approx(parameters("books.json"), rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["books.json", "books_no_short_stages.json"])
 def test_all_stages_of_the_recipes_make_batches(corpus, name):
 

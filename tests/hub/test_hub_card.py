@@ -1,6 +1,5 @@
 """`hub_card/`: its models are complete and up to date, and what is built of them does what the card says."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import push
 import pytest
 import torch
 import yaml
@@ -27,17 +27,6 @@ CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", CARD, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def push():
-    """The module `hub_card/push.py`."""
-    spec = importlib.util.spec_from_file_location("hub_card_push", MODELS / "push.py")
-    module = importlib.util.module_from_spec(spec)
-    before = sys.path[:]
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-
-
 def test_folder_is_complete_and_small():
     weights = list(FOLDER.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in weights) <= 20e6
@@ -54,11 +43,11 @@ def test_metadata_of_the_card():
     assert "custom_code" in data.tags
 
 
-def test_tables_and_results_are_up_to_date(push):
-    assert push.stale(FOLDER) == [], f"run `python hub_card/push.py {NAME} --update`"
+def test_tables_and_results_are_up_to_date():
+    assert push.stale(FOLDER) == [], f"run `python examples/push.py {NAME} --update`"
 
 
-def test_what_is_out_of_date_is_found(push, tmp_path):
+def test_what_is_out_of_date_is_found(tmp_path):
     folder = tmp_path / NAME
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / ".eval_results" / "babilong.yaml").unlink()
@@ -81,7 +70,8 @@ def test_eval_results_are_what_the_hub_reads():
         assert entries and all(0 <= entry.value <= 100 for entry in entries)
 
 
-def test_push_uploads_the_folder_under_its_name(push, monkeypatch):
+@pytest.mark.slow
+def test_push_uploads_the_folder_under_its_name(monkeypatch):
     calls = []
 
     def upload_folder(self, repo_id, folder_path, commit_message):
@@ -115,6 +105,7 @@ def build(name: str, output: Path) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_what_is_built_is_the_model_with_its_code(alone):
     source = {str(file.relative_to(FOLDER)): file for file in FOLDER.rglob("*") if file.is_file()}
     built = {str(file.relative_to(alone / NAME)): file for file in (alone / NAME).rglob("*") if file.is_file()}
@@ -127,6 +118,7 @@ def test_what_is_built_is_the_model_with_its_code(alone):
     assert config == json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -137,6 +129,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="invalid choice: 'hsa-books'.*hsa-books-10m"):
         build("hsa-books", tmp_path / "out")
@@ -171,6 +164,7 @@ def test_long_snippet_runs_without_the_package(alone):
 # -- examples/plot.py retrieval --
 
 
+@pytest.mark.slow
 def test_retrieval_is_plotted(tmp_path):
     files = [str(file) for file in sorted((FOLDER / "results").glob("paper_*.json"))]
     run_example("plot.py", tmp_path, "retrieval", "--results", "HSA", *files, output=tmp_path / "plots")
@@ -178,6 +172,7 @@ def test_retrieval_is_plotted(tmp_path):
     assert made == {"accuracy.png": b"\x89PNG", "depth_s_niah.png": b"\x89PNG"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -195,6 +190,7 @@ def test_results_that_cannot_be_plotted_are_refused(tmp_path, files, message):
 # -- examples/plot.py training --
 
 
+@pytest.mark.slow
 def test_curves_of_runs_are_compared(tmp_path):
     logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
     logs += ["--log", "without", REPOSITORY / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
@@ -250,6 +246,7 @@ def test_ask_about_documents_of_about_a_chunk(tmp_path, sentences):
         assert int(chunk) < int(chunks) and passage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -420,6 +420,7 @@ def stored_elements(cache: HSACache) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("offloading", [False, True])
 @pytest.mark.parametrize("forked", [False, True])

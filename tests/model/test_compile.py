@@ -8,6 +8,8 @@ from tests.models import make_variant
 from tests.rows import Rows, random_ids, read
 
 
+pytestmark = pytest.mark.slow
+
 # Rows of 100 columns, longer than a block of the window attention and than six chunks.
 LAYOUTS = {
     "plain": ("x" * 100, "x" * 100),
@@ -42,7 +44,6 @@ def test_training_needs_one_graph(name, layout):
         assert relative_error(x, y) <= SAME_ARITHMETIC
 
 
-@pytest.mark.slow
 def test_training_on_rows_of_any_length_needs_two_graphs(model):
     """The second one takes rows of any number of tokens that make chunks and fill more than one block."""
     model = make_variant("default").train()
@@ -72,7 +73,6 @@ def test_a_cache_that_compiled_code_made_can_be_continued(model, layout):
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_the_default_backend_of_pytorch_gives_the_same(model):
     ids = random_ids(2, 100)
     expected = model(ids, use_cache=False).logits

@@ -571,6 +571,7 @@ def test_a_gguf_file_is_a_source_too(tmp_path):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_saves_model_tokenizer_and_generation_config(tmp_path):
     source = save_source(tmp_path / "source")
     output = tmp_path / "converted"

@@ -100,6 +100,7 @@ def test_documents_may_end_and_begin_in_any_call(name):
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["default", "joint", "stride_3", "no_local_attention", "eager_attention"])
 def test_steps_need_one_graph_for_all_tokens_and_all_caches(name):
@@ -116,6 +117,7 @@ def test_steps_need_one_graph_for_all_tokens_and_all_caches(name):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [0, 27], ids=["whole rows", "padded rows"])
 def test_generate_compiles_its_steps_once(compile_config, padding):
     model, mask = tiny_model(), torch.ones(2, 50, dtype=torch.long)
@@ -133,6 +135,7 @@ def test_generate_compiles_its_steps_once(compile_config, padding):
     assert isinstance(outputs.past_key_values, HSAStaticCache)
 
 
+@pytest.mark.slow
 def test_a_shorter_generation_uses_what_a_longer_one_compiled(compile_config):
     model, ids = tiny_model(), random_ids(1, 50)
     with torch._dynamo.config.patch(error_on_recompile=True):

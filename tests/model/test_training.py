@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from modeling_hsa import layers
+from modeling_hsa.layout import build_layout
 from modeling_hsa.ops import chunk_attention
 from tests.commands import train
 from tests.helpers import relative_error
@@ -222,6 +223,18 @@ def test_every_parameter_gets_a_gradient_at_any_length(length, fields):
     model = tiny_model(**fields).train()
     model(ids, use_cache=False).logits.sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_backward_of_the_encoder_reaches_its_input_at_any_length(length):
+    """Where it ends FSDP reduces its gradients, which all processes have to do in the same order."""
+    model = tiny_model().train()
+    hidden_states = torch.randn(2, length, model.config.hidden_size, requires_grad=True)
+    layout = build_layout(2, length, hidden_states.device, chunk_size=model.config.chunk_size)
+    encoded = model.model.chunk_encoder(hidden_states, layout)
+    assert encoded.keys.shape[1] == length // model.config.chunk_size
+    sum(x.sum() for x in encoded).backward()
+    assert hidden_states.grad is not None and hidden_states.grad.any() == (length > 16)
 
 
 # `accelerate launch --cpu` starts several processes through MPI only: `--multi_gpu` is what does here too.

@@ -40,6 +40,7 @@ def test_logits_and_gradients_are_those_of_the_pytorch_path(layout, weighting):
         assert relative_error(results[1][name], expected) <= OTHER_ORDER, name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_segments_and_decoding_are_those_of_the_pytorch_path():
     ids = random_ids(1, 41).to(DEVICE)
@@ -47,6 +48,7 @@ def test_segments_and_decoding_are_those_of_the_pytorch_path():
     assert relative_error(actual, expected) <= OTHER_ORDER
 
 
+@pytest.mark.slow
 def test_gradient_of_a_whole_model_by_finite_differences():
     """In fp32, along a random direction of all parameters; all chunks are retrieved, so that none comes or goes."""
     _, model = models(chunk_topk=4)

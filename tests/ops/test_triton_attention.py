@@ -212,6 +212,7 @@ def test_agrees_with_the_oracle_where_neighbours_share_few_chunks(case, kind, pa
     assert_as_good_as_pytorch(case, kind)
 
 
+@pytest.mark.slow
 @only_union
 @pytest.mark.usefixtures("poison")
 def test_a_query_is_computed_in_its_block_or_if_that_shares_few_chunks_alone(path, monkeypatch):

@@ -3,13 +3,11 @@
 import itertools
 import json
 import shutil
-import signal
 import time
 from argparse import Namespace
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -17,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from modeling_hsa import HSAForCausalLM, convert_to_hsa
 
 from ..chat_rows.mixture import Materials
-from ..commands import find_device
 from ..results import provenance, write_json
+from ..stages import StagedRun
 from .batches import FAMILIES, Batch, Batches
 from .losses import terms
 from .low_rank import add_low_rank, freeze_base, load_adapter, merged_weights, save_adapter
@@ -77,30 +75,12 @@ class Meters:
         return found
 
 
-class Run:
-    """A training run: the model, its teacher, its optimizers, and where it stands."""
+class Run(StagedRun):
+    """A run of adaptation: the model, its teacher, its optimizers, and where it stands."""
 
     def __init__(self, arguments: Namespace):
-        self.arguments, self.folder = arguments, arguments.output
-        self.recipe = read_recipe(arguments.recipe)
-        device, precision = find_device(arguments.device), arguments.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if device.type == "cuda" else "no"
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision=precision,
-            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        )
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.state = {
-            "seed": arguments.seed,
-            "micro_batches": arguments.gradient_accumulation_steps * self.accelerator.num_processes,
-            "stage": 0,
-            "batch": 0,
-            "tokens": 0,
-            "seconds": 0.0,
-        }
-        self.interrupted = False
+        super().__init__(arguments, read_recipe(arguments.recipe))
+        self.dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         self.checkpoint = self.folder / "checkpoint"
         resumed = (self.checkpoint / "state.json").exists()
         if resumed and not arguments.resume:
@@ -159,29 +139,18 @@ class Run:
         self.student, *self.optimizers = self.accelerator.prepare(student, *optimizers)
 
     def _batch_tokens(self, stage: dict) -> int:
-        """Tokens of a batch, of all processes. Raises: ValueError where it cannot be shared out evenly."""
-        rows = max(1, stage["batch_tokens"] // stage["length"])
-        if rows % self.state["micro_batches"]:
-            raise ValueError(
-                f"Stage {stage['name']!r} has batches of {rows} rows, which processes times "
-                f"`--gradient_accumulation_steps`, {self.state['micro_batches']}, must divide."
-            )
-        return rows * stage["length"]
+        """Tokens of a batch, of all processes."""
+        return self.micro_batch_rows(stage) * self.state["micro_batches"] * stage["length"]
 
     def _batches_of(self, stage: dict) -> int:
         return max(1, round(stage["tokens"] * self.arguments.scale / self._batch_tokens(stage)))
-
-    def _interrupt(self, *_) -> None:
-        """The first interrupt ends the run after its batch, the second at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # -- training --
 
     def batches(self, number: int) -> tuple[Batches, DataLoader]:
         """The micro-batches of this process in the rest of a stage, of which batch i has `micro_batches`."""
         micro, processes, stage = self.state["micro_batches"], self.accelerator.num_processes, self._stage(number)
-        rows = self._batch_tokens(stage) // stage["length"] // micro
+        rows = self.micro_batch_rows(stage)
         data = Batches(
             self.materials, self.recipe, number, rows, self.arguments.seed, self.model.config.chunk_size,
             self.arguments.logits_at_once,
@@ -223,7 +192,6 @@ class Run:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def stage(self, number: int, deadline: float) -> bool:
-        """Trains one stage, from the batch where it stands; False if time ran out."""
         stage, state, device = self._stage(number), self.state, self.accelerator.device
         self.configure(number)
         meters = Meters(sum(self.model.config.hsa_layers), device, partial(self.accelerator.reduce, reduction="sum"))
@@ -267,28 +235,14 @@ class Run:
                 file.write(json.dumps(entry) + "\n")
         return entry
 
-    def should_stop(self, deadline: float) -> bool:
-        """Whether time is up or the interrupt key was pressed, on any of the processes."""
-        stop = self.interrupted or time.time() > deadline
-        if self.accelerator.num_processes > 1:
-            stop = self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)).item() > 0
-        return stop
-
     def run(self) -> None:
-        deadline = time.time() + self.arguments.max_seconds
         count = sum(parameter.numel() for parameter in self.trained)
         self.accelerator.print(
             f"{self.model.num_parameters() / 1e6:.1f}M parameters, {count / 1e6:.1f}M of them trained, on "
             f"{self.tokens / 1e6:.1f}M tokens; {provenance()}",
             flush=True,
         )
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        stages = self.recipe["stages"]
-        while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
-            self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
-        signal.signal(signal.SIGINT, before)
-        self.save()
-        done = "done" if self.state["stage"] == len(stages) else "stopped: go on with --resume"
+        done = "done" if self.run_stages(self.arguments.max_seconds) else "stopped: go on with --resume"
         self.accelerator.print(f"{self.state['tokens'] / 1e6:.1f}M tokens, {self.state['seconds']:.0f} s: {done}")
         self.accelerator.end_training()
 

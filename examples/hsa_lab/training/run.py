@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-import signal
 import time
 from argparse import Namespace
 from functools import partial
@@ -17,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import modeling_hsa  # noqa: F401  # registers HSA models with the Auto classes
 
-from ..commands import find_device
 from ..plots import draw_pretraining
 from ..results import provenance, write_json
+from ..stages import StagedRun
 from ..tasks.retrieval import RetrievalTasks
 from .batches import Batches
 from .objective import Meters, measure_retrieval, retrieval_loss, token_losses, token_weights
@@ -96,33 +95,16 @@ class Step:
             meters.add(task, predicted, input_ids[:, 1:], answers[:, 1:], losses.detach())
 
 
-class Run:
-    """A training run: the model, its optimizers, and where it stands."""
+class Run(StagedRun):
+    """A run of pretraining: the model, its optimizers, and where it stands."""
 
     def __init__(self, arguments: Namespace):
-        self.arguments, self.folder = arguments, arguments.output
-        self.recipe = read_recipe(arguments.recipe)
+        recipe = read_recipe(arguments.recipe)
         if not (arguments.corpus / "train.npy").exists():
             raise ValueError(f"`--corpus`: {arguments.corpus} has no train.npy. Make it with prepare.py.")
-        device, precision = find_device(arguments.device), arguments.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if device.type == "cuda" else "no"
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision=precision,
-            gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        )
+        super().__init__(arguments, recipe)
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.corpus)
         self.tasks = RetrievalTasks(self.tokenizer)
-        self.state = {
-            "seed": arguments.seed,
-            "micro_batches": arguments.gradient_accumulation_steps * self.accelerator.num_processes,
-            "stage": 0,
-            "batch": 0,
-            "tokens": 0,
-            "seconds": 0.0,
-        }
-        self.interrupted = False
         config = make_config(self.recipe["model"], self.tokenizer)
         self.has_retrieval = config.model_type == "hsa"
         checkpoint = find_checkpoint(self.folder)
@@ -170,11 +152,6 @@ class Run:
         self.state |= there
         return saved
 
-    def _interrupt(self, *_) -> None:
-        """The first interrupt ends the run after its batch, the second at once."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def save(self) -> None:
         """
         The model as Transformers saves it, the tokenizer and, in a folder checkpoint-<number>, all that it takes to go
@@ -218,14 +195,13 @@ class Run:
         return DataLoader(data, batch_size=None, sampler=order, num_workers=self.arguments.workers, pin_memory=pin)
 
     def stage(self, number: int, deadline: float) -> bool:
-        """Trains one stage, from the batch where it stands; False if time ran out."""
         stage, state = self.recipe["stages"][number], self.state
         if self.has_retrieval:
             self.model.config.chunk_topk = stage.get("chunk_topk", self.recipe["model"].get("chunk_topk", 8))
         retrieval_weight = stage.get("retrieval_weight", 0.0) if self.has_retrieval else 0.0
         names = [task["name"] for task in stage["mixture"]]
         meters = self.meters(names, state.pop("meters", None))
-        rows = micro_batch_rows(stage, state["micro_batches"])
+        rows = self.micro_batch_rows(stage)
         per_batch = rows * state["micro_batches"] * stage["length"]
         total = -(-stage["most_tokens"] // per_batch)
         loader = iter(self.batches(number, rows, total))
@@ -263,22 +239,9 @@ class Run:
         state = state if self.accelerator.is_main_process else None
         return Meters(names, self.accelerator.device, state, partial(self.accelerator.reduce, reduction="sum"))
 
-    def should_stop(self, deadline: float) -> bool:
-        """Whether time is up or the interrupt key was pressed, on any of the processes."""
-        stop = self.interrupted or time.time() > deadline
-        if self.accelerator.num_processes > 1:
-            stop = self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)).item() > 0
-        return stop
-
     def run(self) -> None:
-        deadline = time.time() + 60 * self.arguments.minutes
-        stages = self.recipe["stages"]
         self.accelerator.print(f"{self.model.num_parameters() / 1e6:.2f}M parameters; {provenance()}", flush=True)
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
-            self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
-        signal.signal(signal.SIGINT, before)
-        self.save()
+        self.run_stages(60 * self.arguments.minutes)
         self.accelerator.end_training()  # or a process that ends while another still talks to it can abort
 
 
@@ -286,17 +249,6 @@ def find_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint."""
     whole = [file.parent for file in folder.glob("checkpoint-*/state.json")]
     return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
-
-
-def micro_batch_rows(stage: dict, micro_batches: int) -> int:
-    """Rows of a micro-batch. Raises: ValueError where the batch of the recipe cannot be shared out evenly."""
-    rows = max(1, stage["batch_tokens"] // stage["length"])
-    if rows % micro_batches:
-        raise ValueError(
-            f"Stage {stage['name']!r} has batches of {rows} rows, which processes times "
-            f"`--gradient_accumulation_steps`, {micro_batches}, must divide."
-        )
-    return rows // micro_batches
 
 
 def is_mastered(stage: dict, entry: dict) -> bool:
