@@ -8,12 +8,14 @@ Where there is nothing but this folder, `from_pretrained(folder, trust_remote_co
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
-
-from modeling_hsa.hub import save_code
 
 
 MODELS = Path(__file__).resolve().parent
+sys.path.insert(0, str(MODELS.parent))
+
+from modeling_hsa.hub import save_code  # noqa: E402
 
 
 def copy_model(source: Path, output: Path) -> None:

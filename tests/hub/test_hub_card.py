@@ -1,5 +1,6 @@
 """`hub_card/`: its models are complete and up to date, and what is built of them does what the card says."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -8,7 +9,6 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
-import push
 import pytest
 import torch
 import yaml
@@ -27,6 +27,17 @@ CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", CARD, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def push():
+    """The module `hub_card/push.py`."""
+    spec = importlib.util.spec_from_file_location("hub_card_push", MODELS / "push.py")
+    module = importlib.util.module_from_spec(spec)
+    before = sys.path[:]
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
 def test_folder_is_complete_and_small():
     weights = list(FOLDER.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in weights) <= 20e6
@@ -43,11 +54,11 @@ def test_metadata_of_the_card():
     assert "custom_code" in data.tags
 
 
-def test_tables_and_results_are_up_to_date():
-    assert push.stale(FOLDER) == [], f"run `python examples/push.py {NAME} --update`"
+def test_tables_and_results_are_up_to_date(push):
+    assert push.stale(FOLDER) == [], f"run `python hub_card/push.py {NAME} --update`"
 
 
-def test_what_is_out_of_date_is_found(tmp_path):
+def test_what_is_out_of_date_is_found(push, tmp_path):
     folder = tmp_path / NAME
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / ".eval_results" / "babilong.yaml").unlink()
@@ -71,7 +82,7 @@ def test_eval_results_are_what_the_hub_reads():
 
 
 @pytest.mark.slow
-def test_push_uploads_the_folder_under_its_name(monkeypatch):
+def test_push_uploads_the_folder_under_its_name(push, monkeypatch):
     calls = []
 
     def upload_folder(self, repo_id, folder_path, commit_message):

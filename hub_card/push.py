@@ -1,14 +1,15 @@
 """
 Bring the folder of a model up to date with its results, and push the model to the Hub.
 
-    python examples/push.py hsa-books-10m --update                      # tables, .eval_results and plots
-    python examples/push.py hsa-books-10m --repo_id me/hsa-books-10m    # upload
+    python hub_card/push.py hsa-books-10m --update                      # tables, .eval_results and plots
+    python hub_card/push.py hsa-books-10m --repo_id me/hsa-books-10m    # upload
 
 `--update` writes what is made from the files in `results/`: the tables of the card between the marks `<!-- name -->`
 and `<!-- end -->`, `.eval_results`, and the plots of retrieval. Where that would change anything but plots, an upload
 is refused. What is uploaded is what `hub_card/build.py` writes.
 """
 
+import argparse
 import filecmp
 import json
 import re
@@ -21,11 +22,15 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
 
-from hsa_lab.commands import REPOSITORY, make_parser, run
-from hsa_lab.results import read_rows, short
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples"), str(REPOSITORY / "hub_card")]
+
+from build import MODELS, build, names  # noqa: E402
+
+from hsa_lab.results import read_rows, short  # noqa: E402
 
 
-MODELS = REPOSITORY / "hub_card"
 BABILONG, BABILONG_LENGTH = "RMT-team/babilong", 4096
 
 
@@ -147,7 +152,7 @@ def stale(folder: Path) -> list[str]:
 def push(name: str, repo_id: str, private: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
-        subprocess.run([sys.executable, MODELS / "build.py", name, "--output", folder], check=True)
+        build(name, folder)
         card = (folder / "README.md").read_text(encoding="utf-8")
         (folder / "README.md").write_text(card.replace(f'"{name}"', f'"{repo_id}"'), encoding="utf-8")
         api = HfApi()
@@ -156,9 +161,8 @@ def push(name: str, repo_id: str, private: bool) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    names = sorted(results.parent.name for results in MODELS.glob("*/results"))
-    parser.add_argument("name", choices=names, help="the model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=names(), help="the model")
     parser.add_argument("--update", action="store_true", help="bring the folder up to date")
     parser.add_argument("--repo_id", help="where to push it: user or organisation / name")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -176,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
