@@ -88,6 +88,7 @@ def main() -> None:
     add("--output", type=Path, required=True, help="file of the plot")
     arguments = parser.parse_args()
     {"retrieval": plot_retrieval, "training": plot_training}[arguments.command](arguments)
+    print(f"Written to {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ PREFILL_CHUNK_SIZE = 4096
 class HSAGenerationMixin(PromptReader, GenerationMixin):
     """`GenerationMixin` for HSA models. The model has its decoder without a head as `self.model`."""
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        # Its name from Transformers 5.24 on, which earlier versions do not know.
+        if kwargs.get("cache") is not None:
+            if CACHE != "cache" and kwargs.get(CACHE) is not None:
+                raise ValueError("`cache` and `past_key_values` are two names of the same argument. Give one of them.")
+            kwargs[CACHE] = kwargs.pop("cache")
+        return super().generate(*args, **kwargs)
+
     # -- the cache --------------------------------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(

@@ -249,7 +249,6 @@ def test_what_does_not_fit_into_memory_is_reported(folders, tmp_path, monkeypatc
         (["paper"], "the following arguments are required: --haystack"),
         (["ruler"], "`--haystack` is needed by niah_single_2"),
         (["paper", "--tasks", "cwe"], "argument --tasks: invalid choice: 'cwe'"),
-        (["ruler", "--tasks", "cwe"], "`--words` is needed by cwe"),
         (["ruler", "--words", "no.json", "--tasks", "cwe"], "argument --words: there is no file no.json"),
         (["paper", "--haystack", "a.csv"], "--haystack: takes .txt, .jsonl, .jsonl.gz and .npy files, got a.csv"),
         (["paper", "--haystack", "no.txt"], "argument --haystack: there is no file no.txt"),
@@ -267,6 +266,16 @@ def test_flags_that_make_no_sense_are_refused_in_a_line(monkeypatch, capsys, wor
         commands.run(evaluate.main)
     said = capsys.readouterr().err if end.value.code == 2 else end.value.code
     assert message in said.splitlines()[-1]
+
+
+def test_words_of_ruler_come_from_their_package(build, monkeypatch):
+    pytest.importorskip("wonderwords")
+    words = build(Stub(VOCABULARY), "ruler", "--tasks", "cwe").words()
+    assert {kind: len(of) for kind, of in words.items()} == {"nouns": 6782, "adjectives": 912, "verbs": 1042}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the words of cwe are missing: `pip install wonderwords`, or --words"):
+        build(Stub(VOCABULARY), "ruler", "--tasks", "cwe")
+    assert build(Stub(VOCABULARY), "ruler", "--tasks", "vt").words() is None
 
 
 def test_commands_end_quietly(monkeypatch):

@@ -199,7 +199,8 @@ def test_curves_of_runs_are_compared(tmp_path):
     logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
     logs += ["--log", "without", REPOSITORY / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
     run = run_example("plot.py", tmp_path, "training", *map(str, logs), task="far", output=tmp_path / "curves.png")
-    assert run.stdout == "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
+    curves = "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
+    assert run.stdout == f"{curves}Written to {tmp_path / 'curves.png'}.\n"
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(AssertionError, match="has no task 'fra', but far, near"):
         run_example("plot.py", tmp_path, "training", *map(str, logs[3:]), task="fra", output=tmp_path / "curves.png")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..commands import add_model_flags, at_least, text_file
+from ..commands import add_model_flags, at_least, refuse_results, text_file
 from ..plots import draw_depths
 from ..reading import SEGMENT, make_reader, retrieval_recall
 from ..results import Results, short, summarise
@@ -74,6 +74,7 @@ class Evaluation:
     @classmethod
     def check(cls, arguments: argparse.Namespace) -> None:
         """Raises: ValueError for arguments that make no sense, before the model is loaded. Fills in `--tasks`."""
+        refuse_results("--output", arguments.output, f"{cls.name}.json")
         arguments.tasks = arguments.tasks or list(cls.tasks)
 
     def __init__(self, arguments: argparse.Namespace, model, tokenizer):

@@ -279,6 +279,10 @@ class Run:
             self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
         signal.signal(signal.SIGINT, before)
         self.save()
+        done = "done" if self.state["stage"] == len(stages) else "stopped: go on with --resume"
+        self.accelerator.print(
+            f"{self.state['tokens'] / 1e6:.1f}M tokens, {done}. Model, log and checkpoint are in {self.folder}."
+        )
         self.accelerator.end_training()  # or a process that ends while another still talks to it can abort
 
 
