@@ -57,16 +57,6 @@ def test_recall_benchmark(tmp_path):
     assert all((tmp_path / name).is_file() for name in ("recall.png", "training.png", "model/config.json"))
 
 
-def test_times_recorded_elsewhere_are_compared_with():
-    recorded = json.loads(kernels.RECORDED.read_text(encoding="utf-8"))["rows"]
-    shape = dict(zip(kernels.SHAPE, kernels.SHAPES[0]))
-    row = shape | {"pattern": "random", "implementation": "triton", "forward_ms": 0.5, "backward_ms": 1.0}
-    made = kernels.with_recorded(dict(row), recorded)
-    assert made["forward_speedup_over_recorded_reference"] == pytest.approx(0.710 / 0.5)
-    assert made["backward_speedup_over_recorded_fla_nsa"] == pytest.approx(3.53)
-    assert kernels.with_recorded(row | {"pattern": "shared"}, recorded).keys() == row.keys()
-
-
 def test_results_say_which_commit_they_are_of(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

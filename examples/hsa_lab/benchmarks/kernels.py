@@ -10,19 +10,16 @@ and versions, and plots. `--device cpu --toy` runs the same on tiny shapes.
 
 A row also holds its floors: the time to read every input and write every output once at the bandwidth of a copy
 (`bytes_floor_ms`), and the time of its arithmetic at the speed of a matmul of 8192^3 (`flop_floor_ms`), both measured
-on the same device; and the ratio of the time to the larger one. Implementations that are not installed here are
-compared with through a file of times that were recorded elsewhere (`--recorded`).
+on the same device; and the ratio of the time to the larger one.
 """
 
-import json
 import os
 import random
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,13 +32,11 @@ from modeling_hsa.layout import build_layout
 from modeling_hsa.ops import chunk_attention, select_chunks
 from modeling_hsa.window import window_attention
 
-from ..commands import REPOSITORY
 from ..plots import draw_scaling
 from .timing import Benchmark, Timer, tensor_bytes
 
 
 CHUNK_SIZE = 64
-RECORDED = REPOSITORY / "benchmarks/results/gpu/recorded_peers.json"
 SHAPE = ("batch", "length", "heads", "kv_heads", "dim", "topk")
 # Batch, length, query heads, key/value heads, head dim, chunks per query.
 SHAPES = [
@@ -186,17 +181,6 @@ def with_floors(row: dict, inputs: list[torch.Tensor], limits: dict) -> dict:
     return row
 
 
-def with_recorded(row: dict, recorded: list[dict]) -> dict:
-    """How many times faster than the recorded times of the others, on the same shape and random chunks."""
-    if "backward_ms" in row and (row["implementation"], row["pattern"]) == ("triton", "random"):
-        for peer in recorded:
-            if all(peer[name] == row[name] for name in SHAPE):
-                label = peer["implementation"].replace(" ", "_")
-                for what in ("forward", "backward"):
-                    row[f"{what}_speedup_over_recorded_{label}"] = peer[f"{what}_ms"] / row[f"{what}_ms"]
-    return row
-
-
 # -- selection --
 
 
@@ -281,11 +265,6 @@ class Kernels(Benchmark):
         group.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="only these")
         group.add_argument("--dims", type=int, nargs="+", help="only these")
         group.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of chunks")
-        group.add_argument("--recorded", type=Path, default=RECORDED, help="JSON of times of other implementations")
-
-    def __init__(self, arguments: Namespace):
-        super().__init__(arguments)
-        self.recorded = json.loads(arguments.recorded.read_text(encoding="utf-8"))["rows"]
 
     def measure_kernels(self) -> Iterator[dict]:
         arguments, timer = self.arguments, self.timer
@@ -308,7 +287,7 @@ class Kernels(Benchmark):
                     row = dict(zip(SHAPE, shape)) | {"pattern": pattern, "implementation": name}
                     row |= timer.attempt(measure_attention, timer, name, inputs)
                     if name in ("triton", "torch"):
-                        row = with_recorded(with_floors(row, inputs, self.limits), self.recorded)
+                        row = with_floors(row, inputs, self.limits)
                     yield row
 
     def measure_selection(self) -> Iterator[dict]:
