@@ -43,7 +43,7 @@ def test_cpu_benchmark(tmp_path):
     run = run_example("benchmark.py", tmp_path, *words, output=tmp_path)
     made = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert made["parameters"]["llama"] == pytest.approx(made["parameters"]["hsa"], rel=0.02)
-    assert {"hardware", "commit"} <= made.keys() and run.stdout.count("\n") == len(made["measurements"]) + 1
+    assert {"hardware", "commit"} <= made.keys() and run.stdout.count("\n") == len(made["measurements"]) + 2
     assert len(made["measurements"]) == 2 * 2 * 5 and (tmp_path / "benchmark.png").is_file()
 
 

@@ -20,6 +20,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,11 +33,14 @@ from modeling_hsa.layout import build_layout
 from modeling_hsa.ops import chunk_attention, select_chunks
 from modeling_hsa.window import window_attention
 
-from ..plots import draw_scaling
+from ..plots import draw_scaling, named
 from .timing import Benchmark, Timer, tensor_bytes
 
 
 CHUNK_SIZE = 64
+# Legends.
+PATTERN_NAMES = {"random": "chunks at random", "shared": "shared chunks"}
+WAYS = {"sdpa": "flash attention with a window", "sdpa, blocks": "masked blocks", "flex": "FlexAttention"}
 SHAPE = ("batch", "length", "heads", "kv_heads", "dim", "topk")
 # Batch, length, query heads, key/value heads, head dim, chunks per query.
 SHAPES = [
@@ -154,7 +158,7 @@ def first_call_ms(timer: Timer, function, inputs: list[torch.Tensor]) -> float:
 
 def measure_attention(timer: Timer, name: str, inputs: list[torch.Tensor]) -> dict:
     function = IMPLEMENTATIONS[name]
-    row = {"compile_ms": first_call_ms(timer, function, inputs)}
+    row = {"compile_ms": first_call_ms(timer, function, inputs)} if timer.on_gpu else {}  # a CPU compiles nothing
     row |= timer.forward_backward(function, inputs, graph=name != "torch")
     if row["both_extra_mib"] is not None:
         for what in ("forward", "both"):
@@ -336,7 +340,8 @@ class Kernels(Benchmark):
                 row = {"case": case, "queries": queries, "keys": past + queries, "implementation": name}
                 yield row | timer.attempt(measure_window_call, timer, make, inputs, case == "whole")
 
-    def plot(self, rows: dict[str, list[dict]]) -> None:
+    @classmethod
+    def plot(cls, rows: dict[str, list[dict]], folder: Path) -> None:
         for part, x in (("kernels", "length"), ("window", "queries")):
             kept = [row for row in rows.get(part, []) if "both_ms" in row]
             kept = [row for row in kept if all(row.get(name) == kept[0].get(name) for name in ("heads", "dim"))]
@@ -345,8 +350,13 @@ class Kernels(Benchmark):
                 lines = panels.setdefault(field.replace("_", ", "), {})
                 for row in kept:
                     uses_chunks = "pattern" in row and row["implementation"] not in ("sdpa", "flash")
-                    label = row["implementation"] + (f" {row['pattern']}" if uses_chunks else "")
+                    label = (
+                        WAYS.get(row["implementation"], row["implementation"])
+                        if part == "window"
+                        else named(row["implementation"])
+                    )
+                    label += f", {PATTERN_NAMES[row['pattern']]}" if uses_chunks else ""
                     line = lines.setdefault(label, ([], []))
                     line[0].append(row[x])
                     line[1].append(row[field])
-            draw_scaling(panels, self.arguments.output / f"{part}.png")
+            draw_scaling(panels, folder / f"{part}.png")
