@@ -12,6 +12,8 @@ Where nothing stands out, the answer is a guess. `--html` writes a page, on whic
 that a token of an answer retrieved, by layer.
 """
 
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
+
 import argparse
 import sys
 import time

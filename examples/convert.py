@@ -8,6 +8,8 @@ The model, its tokenizer with the chat template, and its generation config are s
 layers change nothing before they are trained: see docs/conversion.md.
 """
 
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
+
 import argparse
 import os
 import time

@@ -12,6 +12,8 @@ Text comes from files (`--train_files`: .txt, or .jsonl, .jsonl.gz with one docu
 `--output_dir` then holds the model, its tokenizer, the losses (loss_history.json, loss_curve.png) and checkpoints.
 """
 
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
+
 import argparse
 import inspect
 import math

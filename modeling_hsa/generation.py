@@ -33,11 +33,12 @@ class HSAGenerationMixin(PromptReader, GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        # Its name from Transformers 5.24 on, which earlier versions do not know.
-        if kwargs.get("cache") is not None:
-            if CACHE != "cache" and kwargs.get(CACHE) is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of the same argument. Give one of them.")
-            kwargs[CACHE] = kwargs.pop("cache")
+        # Transformers knows the cache by the one name or the other, and warns of the older one.
+        names = [name for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+        if len(names) == 2:
+            raise ValueError("`cache` and `past_key_values` are two names of the same argument. Give one of them.")
+        for name in names:
+            kwargs[CACHE] = kwargs.pop(name)
         return super().generate(*args, **kwargs)
 
     # -- the cache --------------------------------------------------------------------------------------------------

@@ -8,16 +8,18 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_lab import commands
 from hsa_lab.evaluation.facts import Facts
 from hsa_lab.evaluation.harness import Evaluation
-from hsa_lab.evaluation.retrieval import ONE_NEEDLE, Paper
+from hsa_lab.evaluation.retrieval import ONE_NEEDLE, POOL_SEED, Paper
 from hsa_lab.reading import CACHE, Reader, RetrievalRecorder, make_reader, retrieval_recall
 from hsa_lab.results import summarise, wilson
+from hsa_lab.tasks.retrieval import RetrievalTasks
 from hsa_lab.tokens import encode
+from tests.commands import REPOSITORY
 from tests.models import tiny_model
 
 from .texts import TEXT, TOKENIZER, VOCABULARY, WORDS, make_ruler
@@ -266,6 +268,19 @@ def test_flags_that_make_no_sense_are_refused_in_a_line(monkeypatch, capsys, wor
         commands.run(evaluate.main)
     said = capsys.readouterr().err if end.value.code == 2 else end.value.code
     assert message in said.splitlines()[-1]
+
+
+def test_names_are_of_another_list_than_those_of_training(build):
+    """With the tokenizer of the shipped model, of which the page of results says how many they share."""
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "hub_card" / "hsa-books-10m")
+    assert build(Stub(VOCABULARY), "paper", "--tasks", "s_niah").generator.pool_seed == POOL_SEED
+    trained, evaluated = (
+        {ids.tobytes() for ids in RetrievalTasks(tokenizer, **options).names.pool}
+        for options in ({}, {"pool_seed": POOL_SEED})
+    )
+    said = f"{len(trained & evaluated)} of the {len(evaluated):,} names"
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    assert said in " ".join(text.split())
 
 
 def test_words_of_ruler_come_from_their_package(build, monkeypatch):
