@@ -104,7 +104,7 @@ def draw_scaling(lines_of: dict[str, dict[str, tuple[list, list]]], file: Path, 
 def draw_lengths(models: dict[str, list[dict]], file: Path) -> None:
     """A panel a task: the accuracy of each model's rows by length, with its interval."""
     tasks = list(dict.fromkeys(row["task"] for rows in models.values() for row in rows))
-    with panels(file, len(tasks), 4.4, 3.8, columns=3, sharey=True) as axes:
+    with panels(file, len(tasks), 3.4, 3.6, columns=3, sharey=True) as axes:
         for axis, task in zip(axes, tasks):
             for label, rows in models.items():
                 rows = [row for row in rows if row["task"] == task]

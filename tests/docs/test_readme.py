@@ -28,7 +28,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "hub_card/README.md",
-    "hub_card/hsa-books-10m/README.md",
+    *(str(card.relative_to(REPOSITORY)) for card in sorted((REPOSITORY / "hub_card").glob("*/README.md"))),
     *(f"docs/{file.name}" for file in sorted((REPOSITORY / "docs").glob("*.md"))),
 ]
 WITHOUT_LINKS = {"CHANGELOG.md", "docs/conversion.md", "docs/api.md"}
@@ -89,6 +89,14 @@ def test_the_repository_has_one_address():
     assert f"repo_url: {url}\n" in (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     assert set(re.findall(r"https://github\.com/[\w-]+/hsa-transformers", README)) == {url} and paper in README
     assert citation["authors"][0]["name"] == settings["metadata"]["author"]
+
+
+def test_what_the_main_job_printed_is_on_record():
+    """Each line that the README shows, the last one shortened, is of the record of a whole run."""
+    (shown,) = blocks("text")
+    recorded = (REPOSITORY / "benchmarks" / "results" / "ask" / "output.txt").read_text(encoding="utf-8")
+    for line in shown.splitlines():
+        assert line.strip().removeprefix("... ").removesuffix(" ...") in recorded, line
 
 
 @pytest.mark.slow

@@ -326,7 +326,7 @@ def test_fields_of_the_configuration_can_be_changed(folders, tmp_path, monkeypat
     assert {name: getattr(models[0][0].config, name) for name in expected} == expected
     assert json.loads((tmp_path / "paper.json").read_text())["arguments"]["config"] == expected
     with pytest.raises(ValueError, match=r"`--config`: a model of type 'hsa' has no field \['chunk_top'\]"):
-        evaluate.main(words_for(folders, tmp_path, "paper", *words, "chunk_top=3"))
+        evaluate.main(words_for(folders, tmp_path / "other", "paper", *words, "chunk_top=3"))
 
 
 def test_offloading_is_for_hsa_models(folders, tmp_path):
