@@ -5,7 +5,7 @@ What a model forgets when it is fine-tuned on a few short texts, and what keeps 
 
 The model of hub_card is fine-tuned on 32 sentences like those of README, in several ways. Before and after, the loss
 of these sentences and that of books are measured, and how many facts of a made-up chronicle it finds. What is mixed in
-to keep it are other parts of the books and other chronicles with questions. Some minutes on a CPU; writes results.json.
+to keep it are other parts of the books and other chronicles with questions. Minutes on a CPU; writes results.json.
 """
 
 import argparse

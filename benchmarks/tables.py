@@ -166,6 +166,13 @@ def recall() -> str:
 
 
 @goes_to("docs/results.md")
+def forgetting() -> str:
+    rows = read(RESULTS / "forgetting" / "results.json")["rows"]
+    cells = ([row["way"], *(f"{row[f'loss_{of}']:.2f}" for of in ("new", "books")), str(row["found"])] for row in rows)
+    return table(["", "new sentences", "books", "facts found"], cells)
+
+
+@goes_to("docs/results.md")
 def gpu_training() -> str:
     shapes = [(8, 4 * K), (2, 16 * K), (1, 64 * K)]
 
