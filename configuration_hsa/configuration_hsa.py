@@ -103,8 +103,9 @@ def _layer_pattern(num_lower_layers: int, num_upper_layers: int, num_upper_group
 class HSAConfig(PreTrainedConfig):
     r"""
     Configuration of an [`HSAModel`]: a decoder whose lower layers see a sliding window and whose upper layers also
-    retrieve, for every token, the `chunk_topk` most relevant chunks of everything before it. The defaults are the
-    setting of the paper (arXiv 2510.17196), about 240M parameters.
+    retrieve, for every token, the `chunk_topk` most relevant chunks of everything before it. The defaults have the
+    sizes of the paper's models (arXiv 2510.17196) of about 240M parameters, with a softmax over chunks where these
+    have stick-breaking.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 32000):

@@ -3,12 +3,16 @@ Read a long document once, then ask about it, and see which passages the answers
 
     python examples/ask.py
     python examples/ask.py --document notes.txt --question "What is the locker number of Mabel the cooper?"
+    python examples/ask.py --html page.html
 
 Without `--document`, a made-up chronicle of `--characters` is read, with facts hidden in it that nothing else in the
 text gives away, and every fact is asked for. For each answer the passages are shown that its tokens retrieved: how
 much they counted, averaged over the HSA layers and the tokens of the answer, and where in the document they stand.
-Where nothing stands out, the answer is a guess.
+Where nothing stands out, the answer is a guess. `--html` writes a page, on which the document has the passages lit
+that a token of an answer retrieved, by layer.
 """
+
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
 
 import argparse
 import sys
@@ -23,6 +27,7 @@ from hsa_lab.models import load
 from hsa_lab.reading import PromptBar, Reader, make_reader
 from hsa_lab.tasks.chronicles import make_document
 from hsa_lab.tokens import encode
+from hsa_lab.viewer import Answer, write_page
 
 
 MAP_WIDTH = 60
@@ -42,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--characters", type=at_least(1), default=600_000, help="length of the chronicle")
     parser.add_argument("--facts", type=at_least(1), default=5, help="facts hidden in the chronicle")
     parser.add_argument("--seed", type=int, default=1, help="of the chronicle")
+    parser.add_argument("--html", type=Path, help="file for a page with what each token of the answers retrieved")
     parser.add_argument("--passages", type=at_least(1), default=2, help="most passages shown for an answer")
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), default=16, help="of an answer, which ends with its sentence or line"
@@ -73,7 +79,7 @@ def bold(text: str) -> str:
 
 
 def ask(reader: Reader, tokenizer, document: torch.Tensor, cache, question: str, most: int):
-    """The answer to a question about `document` [1, L], and what its tokens retrieved: chunk -> weight."""
+    """The answer to a question about `document` [1, L], its tokens, and the record of what they retrieved."""
     ids = torch.tensor([encode(tokenizer, f" {question}")], device=document.device)
     tokens, recorder = reader.generate(
         torch.cat([document, ids], dim=1),
@@ -83,7 +89,7 @@ def ask(reader: Reader, tokenizer, document: torch.Tensor, cache, question: str,
         stop_strings=[".", "\n"],
     )
     answer = tokenizer.decode(tokens, skip_special_tokens=True)
-    return answer.strip().removesuffix("."), recorder.weights()
+    return answer.strip().removesuffix("."), tokens, recorder
 
 
 def show_passages(
@@ -131,17 +137,25 @@ def main() -> None:
         cache = reader.read(document)
     print(f"Read in {time.perf_counter() - start:.0f} s.")
 
-    right = 0
+    right, answers = 0, []
     for question in questions:
-        answer, weights = ask(reader, tokenizer, document, cache, question.text, arguments.max_new_tokens)
+        answer, tokens, recorder = ask(reader, tokenizer, document, cache, question.text, arguments.max_new_tokens)
         verdict = ""
         if question.expected is not None:
             right += answer == question.expected
             verdict = "   (right)" if answer == question.expected else f"   (wrong: {question.expected})"
         print(f"\n{question.text}\n-> {bold(answer) or '(nothing: the model ended its answer at once)'}{verdict}")
-        show_passages(weights, document, model.config.chunk_size, tokenizer, answer, arguments.passages)
+        answers.append(Answer(question.text, tokens, recorder, verdict.strip()))
+        show_passages(recorder.weights(), document, model.config.chunk_size, tokenizer, answer, arguments.passages)
     if arguments.document is None:
         print(f"\n{right} of {len(questions)} right.")
+    if arguments.html is not None:
+        title, about = (
+            str(arguments.document or chronicle),
+            f"{document.shape[1]:,} tokens. Point at a token of an answer.",
+        )
+        write_page(arguments.html, title, about, document[0].tolist(), answers, tokenizer, model.config)
+        print(f"\nWritten to {arguments.html}.")
 
 
 if __name__ == "__main__":

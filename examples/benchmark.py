@@ -27,6 +27,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     kind, _ = BENCHMARKS[arguments.command]
     kind(arguments).run()
+    print(f"Results are in {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ The model, its tokenizer with the chat template, and its generation config are s
 layers change nothing before they are trained: see docs/conversion.md.
 """
 
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
+
 import argparse
-import json
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from configuration_hsa import HSAConfig
+from hsa_lab.commands import make_parser, run, setting
 from modeling_hsa import HSAForCausalLM, convert_to_hsa, new_parameters
 
 
@@ -37,50 +37,35 @@ FOLLOWING_FLAGS = {
 }
 
 
-def field_and_value(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    summary, _, rest = __doc__.strip().partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or a GGUF file (needs `pip install gguf`)")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder that is new or empty")
     parser.add_argument("--gguf", metavar="FILE", help="name of a GGUF file in MODEL")
     parser.add_argument(
-        "--mode", choices=("insert", "replace"), default="insert",
-        help="insert HSA layers, or make layers of the model HSA layers (%(default)s)",
-    )  # fmt: skip
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--hsa_layers", metavar="N", type=int, help="how many HSA layers, evenly spaced over the upper half (3)"
+        "--mode",
+        choices=("insert", "replace"),
+        default="insert",
+        help="insert HSA layers, or make layers of the model such",
     )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hsa_layers", type=int, help="how many HSA layers, evenly spaced over the upper half (3)")
     where.add_argument(
-        "--placement", metavar="N", type=int, nargs="+",
+        "--placement", type=int, nargs="+",
         help="instead: the layers, counted from 0, before which HSA layers are inserted, or which are replaced",
     )  # fmt: skip
-    parser.add_argument(
-        "--sliding_window", metavar="N", type=int, default=512, help="tokens that each layer sees (%(default)s)"
-    )
+    parser.add_argument("--sliding_window", type=int, default=512, help="tokens that each layer sees")
     for name, text in FLAGS.items():
-        parser.add_argument(f"--{name}", metavar="N", type=int, help=f"{text} ({getattr(HSAConfig, name)})")
+        parser.add_argument(f"--{name}", type=int, help=f"{text} ({getattr(HSAConfig, name)})")
     for name, (text, default) in FOLLOWING_FLAGS.items():
-        parser.add_argument(f"--{name}", metavar="N", type=int, help=f"{text} ({default})")
+        parser.add_argument(f"--{name}", type=int, help=f"{text} ({default})")
     parser.add_argument(
-        "--set", metavar="NAME=VALUE", type=field_and_value, action="append", default=[],
+        "--set", metavar="NAME=VALUE", type=setting, action="append", default=[],
         help="another field of HSAConfig, such as chunk_weighting=stick_breaking; may be repeated",
     )  # fmt: skip
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (as saved; of GGUF files: float32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the retrieval projections (%(default)s)")
-    return parser, parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of the retrieval projections")
+    return parser.parse_args()
 
 
 def describe(model: HSAForCausalLM, mode: str) -> str:
@@ -98,9 +83,9 @@ def describe(model: HSAForCausalLM, mode: str) -> str:
 
 
 def main() -> None:
-    parser, args = parse_arguments()
+    args = parse_arguments()
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        parser.error(f"--output: {args.output} is not an empty folder")
+        raise ValueError(f"--output: {args.output} is not an empty folder")
     fields = {name: getattr(args, name) for name in (*FLAGS, *FOLLOWING_FLAGS) if getattr(args, name) is not None}
     name, gguf_file = args.model, args.gguf
     if gguf_file is None and name.endswith(".gguf"):
@@ -115,13 +100,14 @@ def main() -> None:
             name, mode=args.mode, placement=args.placement or args.hsa_layers, sliding_window=args.sliding_window,
             dtype=args.dtype, **source, **fields, **dict(args.set),
         )  # fmt: skip
-        model.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        reason = f"cannot load {args.model}: {error}" if isinstance(error, OSError) else str(error)
-        sys.exit(f"{parser.prog}: {' '.join(reason.split())}")
+    except OSError as error:
+        raise ValueError(f"cannot load {args.model}: {error}") from None
+    except TypeError as error:  # a field that is not one of HSAConfig
+        raise ValueError(str(error)) from error
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
     print(f"{args.model} -> {args.output} in {time.perf_counter() - start:.0f} s\n{describe(model, args.mode)}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

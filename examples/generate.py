@@ -9,6 +9,8 @@ beyond the cache is needed whatever its length, while a bar counts its tokens; t
 `--show_retrieval` then prints the passages that the model looked up.
 """
 
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
+
 import argparse
 from pathlib import Path
 

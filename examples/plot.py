@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from hsa_lab.commands import add_commands, make_parser, run
-from hsa_lab.plots import draw_curves, draw_depths, draw_lengths
+from hsa_lab.plots import draw_curves, draw_depths, draw_lengths, named
 from hsa_lab.results import read_rows
 
 
@@ -64,7 +64,7 @@ def plot_training(arguments: Namespace) -> None:
     lines = {
         label: ([tokens / 1e6 for tokens, _ in c], [accuracy for _, accuracy in c]) for label, c in curves.items()
     }
-    title = f"{arguments.task}: accuracy by answer token"
+    title = f"{named(arguments.task)}: accuracy by answer token"
     draw_curves(lines, arguments.output, title, "million tokens", "accuracy", ylim=(0, 1.02))
 
 
@@ -88,6 +88,7 @@ def main() -> None:
     add("--output", type=Path, required=True, help="file of the plot")
     arguments = parser.parse_args()
     {"retrieval": plot_retrieval, "training": plot_training}[arguments.command](arguments)
+    print(f"Written to {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ Text comes from files (`--train_files`: .txt, or .jsonl, .jsonl.gz with one docu
 (`--dataset_name`), or, if neither is given, from made-up chronicles. The tokenizer is given
 (`--tokenizer`) or trained on the text. The model is new, with the sizes given by flags, or continued (`--model`).
 
-`--output_dir` then holds the model, its tokenizer, the losses (loss_history.json, loss_curve.png) and checkpoints. All
-flags of `TrainingArguments` work: `--bf16`, `--gradient_checkpointing`, `--max_steps`,
-`--resume_from_checkpoint last`, ...
+`--output_dir` then holds the model, its tokenizer, the losses (loss_history.json, loss_curve.png) and checkpoints.
 """
 
+import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
+
+import argparse
+import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import (
@@ -31,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from configuration_hsa import HSAConfig
-from hsa_lab.commands import run
+from hsa_lab.commands import HelpFormatter, run
 from hsa_lab.plots import draw_curves
 from hsa_lab.results import provenance, write_json
 from hsa_lab.training.text import DataArguments, load_text, make_splits, make_tokenizer, stack_blocks
@@ -43,34 +46,42 @@ logger = logging.get_logger("train")
 LABELS = {"training": "train", "validation": "eval"}
 
 
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ModelArguments:
     """A model to continue, or the configuration of a new one. See `HSAConfig` for what the fields mean."""
 
-    model: str | None = field(default=None, metadata={"help": "model folder or Hub id to continue from"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_lower_layers: int = 2
-    num_upper_layers: int = 2
-    num_upper_groups: int = 1
-    num_encoder_layers: int = 1
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    hsa_num_key_value_heads: int = 1
-    num_retrieval_heads: int = 1
-    retrieval_dim: int = 64
-    sliding_window: int = 64
-    chunk_size: int = 16
-    chunk_topk: int = 4
-    chunk_weighting: str = field(default="softmax", metadata={"help": "softmax, stick_breaking or joint"})
-    chunk_landmark: str = field(default="cls", metadata={"help": "cls or mean"})
-    hsa_residual: str = field(default="bypass", metadata={"help": "bypass or standard"})
+    _argument_group_name: ClassVar[str] = "model, to continue or new"
+
+    model: str | None = _flag(None, "model folder or Hub id to continue from, whose sizes are then kept")
+    attn_implementation: str = _flag("sdpa", "sdpa, eager, flash_attention_2, ...")
+    hidden_size: int = _flag(128, "width of the stream")
+    intermediate_size: int = _flag(384, "width of the MLPs")
+    num_lower_layers: int = _flag(2, "window layers below the chunk encoder")
+    num_upper_layers: int = _flag(2, "window layers above it, shared out over the groups")
+    num_upper_groups: int = _flag(1, "groups above it, each with one HSA layer more")
+    num_encoder_layers: int = _flag(1, "layers of the chunk encoder")
+    num_attention_heads: int = _flag(4, "query heads")
+    num_key_value_heads: int = _flag(2, "key/value heads of the window")
+    hsa_num_key_value_heads: int = _flag(1, "key/value heads of the chunk memory")
+    num_retrieval_heads: int = _flag(1, "heads that retrieve chunks of their own")
+    retrieval_dim: int = _flag(64, "size of a landmark and of a retrieval query")
+    sliding_window: int = _flag(64, "tokens that each layer sees")
+    chunk_size: int = _flag(16, "tokens of a chunk")
+    chunk_topk: int = _flag(4, "chunks that each token retrieves")
+    chunk_weighting: str = _flag("softmax", "softmax, stick_breaking or joint")
+    chunk_landmark: str = _flag("cls", "cls or mean")
+    hsa_residual: str = _flag("bypass", "bypass or standard")
 
 
 @dataclass
 class ExampleTrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for a first run of about a minute on two CPU cores."""
+
+    _argument_group_name: ClassVar[str] = "training, the usual flags of TrainingArguments; all others work too"
 
     output_dir: str = "out/train"
     max_steps: int = 200
@@ -115,14 +126,67 @@ def make_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast, block_s
     return model
 
 
+# The flags of `TrainingArguments` that `--help` lists, with what they are where Transformers says more than a line.
+USUAL = {
+    "output_dir": "folder for the model, its tokenizer, losses and checkpoints",
+    "resume_from_checkpoint": "a checkpoint, or last: the newest in --output_dir",
+    "max_steps": "batches; -1: by --num_train_epochs",
+    "num_train_epochs": "times that all text is read, with --max_steps -1",
+    "per_device_train_batch_size": "rows of a batch and device",
+    "gradient_accumulation_steps": "batches that a step adds up",
+    "learning_rate": "the highest",
+    "lr_scheduler_type": "constant, linear, cosine, ...",
+    "warmup_steps": "steps, or a share of them if below 1",
+    "weight_decay": "of matrices",
+    "bf16": "compute in bf16",
+    "gradient_checkpointing": "less memory, more time",
+    "eval_steps": "steps between evaluations",
+    "save_steps": "steps between checkpoints",
+    "logging_steps": "steps between lines of the log",
+    "seed": "of weights, order and made-up text",
+    "use_cpu": "also where there is a GPU",
+}
+
+
+def make_parser() -> HfArgumentParser:
+    """All flags of `TrainingArguments` are taken, and the usual ones listed."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, ExampleTrainingArguments),
+        description=inspect.cleandoc(__doc__),
+        formatter_class=HelpFormatter,
+        usage="%(prog)s --output_dir PATH [--train_files FILE ...] [--FLAG VALUE ...]",
+    )
+    of_training = {field.name for field in fields(TrainingArguments)}
+    for action in parser._actions:
+        if action.dest in of_training:
+            action.help = USUAL.get(action.dest, argparse.SUPPRESS)
+    return parser
+
+
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: a folder, or with "last" the newest one of `output_dir`."""
-    if args.resume_from_checkpoint != "last":
-        return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    """
+    The checkpoint to resume from: a folder, or with "last" (or "True", as in `Trainer.train`) the newest one of
+    `output_dir`. Raises: ValueError if there is none, or if `output_dir` holds a run that is not to be resumed.
+    """
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted in (None, "False", "false"):
+        refuse_run(folder)
+        return None
+    if wanted not in ("last", "True", "true"):
+        if not Path(wanted).is_dir():
+            raise ValueError(f"`--resume_from_checkpoint`: there is no folder {wanted}. Give one, or `last`.")
+        return wanted
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     if checkpoint is None:
-        raise ValueError(f"`--resume_from_checkpoint last`: there is no checkpoint in {args.output_dir}.")
+        raise ValueError(f"`--resume_from_checkpoint {wanted}`: there is no checkpoint in {folder}.")
     return checkpoint
+
+
+def refuse_run(folder: Path) -> None:
+    if folder.is_dir() and (get_last_checkpoint(folder) or (folder / "config.json").exists()):
+        raise ValueError(
+            f"`--output_dir`: {folder} holds a run. Go on with `--resume_from_checkpoint last`, or take another."
+        )
 
 
 def save_losses(log_history: list[dict], folder: Path) -> None:
@@ -137,10 +201,7 @@ def save_losses(log_history: list[dict], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, ExampleTrainingArguments), description=__doc__.strip().splitlines()[0]
-    )
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    model_args, data_args, args = make_parser().parse_args_into_dataclasses()
     set_seed(args.seed)
     checkpoint = find_checkpoint(args)
 

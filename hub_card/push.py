@@ -1,12 +1,12 @@
 """
 Bring the folder of a model up to date with its results, and push the model to the Hub.
 
-    python hub_card/push.py hsa-books-10m --update                      # tables, .eval_results and plots
+    python hub_card/push.py hsa-books-10m --update                      # tables and plots
     python hub_card/push.py hsa-books-10m --repo_id me/hsa-books-10m    # upload
 
 `--update` writes what is made from the files in `results/`: the tables of the card between the marks `<!-- name -->`
-and `<!-- end -->`, `.eval_results`, and the plots of retrieval. Where that would change anything but plots, an upload
-is refused. What is uploaded is what `hub_card/build.py` writes.
+and `<!-- end -->`, and the plots of retrieval. Where that would change anything but plots, an upload is refused. What
+is uploaded is what `hub_card/build.py` writes.
 """
 
 import argparse
@@ -19,8 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
+from huggingface_hub import HfApi
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -29,9 +28,6 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples"), str(REPOSITORY / 
 from build import MODELS, build, names  # noqa: E402
 
 from hsa_lab.results import read_rows, short  # noqa: E402
-
-
-BABILONG, BABILONG_LENGTH = "RMT-team/babilong", 4096
 
 
 def percent(row: dict) -> str:
@@ -110,23 +106,6 @@ def update(folder: Path) -> None:
             raise ValueError(f"README.md must have one mark `<!-- {name} -->` with an end, has {len(parts) - 1}.")
         card = f"{made}\n".join(parts)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-    content = json.loads((folder / "results" / "babilong.json").read_text(encoding="utf-8"))
-    shots = content["arguments"]["shots"]
-    entries = [
-        EvalResultEntry(
-            dataset_id=BABILONG,
-            task_id=row["task"],
-            value=round(100 * row["accuracy"], 1),
-            notes=f"{short(row['length'])} tokens; {row['samples']} stories hidden in books by `evaluate.py babilong`,"
-            f" after {shots} solved examples: not the benchmark's own files and prompts",
-        )
-        for row in content["rows"]
-        if row["length"] == BABILONG_LENGTH
-    ]
-    (folder / ".eval_results").mkdir(exist_ok=True)
-    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=119)
-    (folder / ".eval_results" / "babilong.yaml").write_text(text, encoding="utf-8")
 
 
 def plot(folder: Path) -> None:

@@ -4,7 +4,7 @@ Hierarchical Sparse Attention models for Transformers.
 Importing this package registers `HSAConfig` and the models with the Auto classes.
 """
 
-from configuration_hsa import HSAConfig  # isort: skip  # checks the versions of PyTorch and Transformers
+from configuration_hsa import HSAConfig, __version__  # isort: skip  # checks the versions of PyTorch and Transformers
 
 from transformers import AutoConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "HSAModel",
     "HSAPreTrainedModel",
     "HSAStaticCache",
+    "__version__",
     "convert_to_hsa",
     "new_parameters",
 ]

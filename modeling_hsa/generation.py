@@ -31,6 +31,16 @@ PREFILL_CHUNK_SIZE = 4096
 class HSAGenerationMixin(PromptReader, GenerationMixin):
     """`GenerationMixin` for HSA models. The model has its decoder without a head as `self.model`."""
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        # Transformers knows the cache by the one name or the other, and warns of the older one.
+        names = [name for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+        if len(names) == 2:
+            raise ValueError("`cache` and `past_key_values` are two names of the same argument. Give one of them.")
+        for name in names:
+            kwargs[CACHE] = kwargs.pop(name)
+        return super().generate(*args, **kwargs)
+
     # -- the cache --------------------------------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(

@@ -9,18 +9,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB_CARD = REPOSITORY / "hub_card" / "hsa-books-10m"
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description, and adds defaults that say something."""
+METAVARS = {"int": "N", "float": "X", "Path": "PATH"}  # by the name of a type
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, adds defaults that say something, and names what a flag takes in a word."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_something = action.default is not None and action.default is not False and action.default != []
-        return super()._get_help_string(action) if says_something else action.help
+        default, text = action.default, action.help or ""
+        if default in (None, False, [], argparse.SUPPRESS) or action.required or "%(default)" in text:
+            return text
+        if isinstance(default, float) and default >= 1e9:  # no limit
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        return f"{text} ({shown})".replace("%)", "%%)").lstrip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(getattr(action.type, "__name__", ""), action.dest.rpartition("_")[2].upper())
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Without the second names, with hyphens, that HfArgumentParser gives flags."""
+        names = action.option_strings
+        action.option_strings = [name for name in names if "-" not in name.lstrip("-")] or names
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = names
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
@@ -41,8 +65,8 @@ def add_commands(parser: argparse.ArgumentParser, docs: dict[str, str]) -> dict[
 
 def run(main: Callable[[], None]) -> None:
     """
-    Runs the `main` of a command. What a user can mend, ValueError and OSError, ends it with one line that says what is
-    wrong (`python -X dev` shows where it came from), and the interrupt key without a word.
+    Runs the `main` of a command. What a user can mend, ValueError, OSError and ImportError, ends it with one line that
+    says what is wrong (`python -X dev` shows where it came from), and the interrupt key without a word.
     """
     try:
         main()
@@ -50,10 +74,21 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # of `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        # Of what a worker of a DataLoader raised, without its traceback.
+        reason = str(error).rpartition(f"\n{type(error).__name__}: ")[2]
+        if isinstance(error, ModuleNotFoundError):
+            reason = f"the package {error.name} is missing: run `pip install -e '.[examples]'`"
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(reason.split())}")
+
+
+def refuse_results(flag: str, folder: Path, *names: str) -> None:
+    """Raises: ValueError if `folder`, which `flag` names, holds a file like one of `names`, which would be lost."""
+    for name in names:
+        if found := sorted(folder.glob(name)):
+            raise ValueError(f"`{flag}`: {folder} already holds {found[0].name}. Take another folder, or delete it.")
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], int | float]:

@@ -8,16 +8,18 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hsa_lab import commands
 from hsa_lab.evaluation.harness import Evaluation
-from hsa_lab.evaluation.retrieval import ONE_NEEDLE, Paper
+from hsa_lab.evaluation.retrieval import ONE_NEEDLE, POOL_SEED, Paper
 from hsa_lab.evaluation.wordings import Wordings
 from hsa_lab.reading import CACHE, Reader, RetrievalRecorder, make_reader, retrieval_recall
 from hsa_lab.results import columns, summarise, wilson
+from hsa_lab.tasks.retrieval import RetrievalTasks
 from hsa_lab.tokens import encode
+from tests.commands import REPOSITORY
 from tests.models import tiny_model
 
 from .texts import TEXT, TOKENIZER, VOCABULARY, WORDS, make_ruler
@@ -284,7 +286,6 @@ def test_what_does_not_fit_into_memory_is_reported(folders, tmp_path, monkeypatc
         (["paper"], "the following arguments are required: --haystack"),
         (["ruler"], "`--haystack` is needed by niah_single_2"),
         (["paper", "--tasks", "cwe"], "argument --tasks: invalid choice: 'cwe'"),
-        (["ruler", "--tasks", "cwe"], "`--words` is needed by cwe"),
         (["ruler", "--words", "no.json", "--tasks", "cwe"], "argument --words: there is no file no.json"),
         (["paper", "--haystack", "a.csv"], "--haystack: takes .txt, .jsonl, .jsonl.gz and .npy files, got a.csv"),
         (["paper", "--haystack", "no.txt"], "argument --haystack: there is no file no.txt"),
@@ -302,6 +303,29 @@ def test_flags_that_make_no_sense_are_refused_in_a_line(monkeypatch, capsys, wor
         commands.run(evaluate.main)
     said = capsys.readouterr().err if end.value.code == 2 else end.value.code
     assert message in said.splitlines()[-1]
+
+
+def test_names_are_of_another_list_than_those_of_training(build):
+    """With the tokenizer of the shipped model, of which the page of results says how many they share."""
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "hub_card" / "hsa-books-10m")
+    assert build(Stub(VOCABULARY), "paper", "--tasks", "s_niah").generator.pool_seed == POOL_SEED
+    trained, evaluated = (
+        {ids.tobytes() for ids in RetrievalTasks(tokenizer, **options).names.pool}
+        for options in ({}, {"pool_seed": POOL_SEED})
+    )
+    said = f"{len(trained & evaluated)} of the {len(evaluated):,} names"
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    assert said in " ".join(text.split())
+
+
+def test_words_of_ruler_come_from_their_package(build, monkeypatch):
+    pytest.importorskip("wonderwords")
+    words = build(Stub(VOCABULARY), "ruler", "--tasks", "cwe").words()
+    assert {kind: len(of) for kind, of in words.items()} == {"nouns": 6782, "adjectives": 912, "verbs": 1042}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the words of cwe are missing: `pip install wonderwords`, or --words"):
+        build(Stub(VOCABULARY), "ruler", "--tasks", "cwe")
+    assert build(Stub(VOCABULARY), "ruler", "--tasks", "vt").words() is None
 
 
 def test_commands_end_quietly(monkeypatch):
@@ -337,7 +361,7 @@ def test_fields_of_the_configuration_can_be_changed(folders, tmp_path, monkeypat
     assert {name: getattr(models[0][0].config, name) for name in expected} == expected
     assert json.loads((tmp_path / "paper.json").read_text())["arguments"]["config"] == expected
     with pytest.raises(ValueError, match=r"`--config`: a model of type 'hsa' has no field \['chunk_top'\]"):
-        evaluate.main(words_for(folders, tmp_path, "paper", *words, "chunk_top=3"))
+        evaluate.main(words_for(folders, tmp_path / "other", "paper", *words, "chunk_top=3"))
 
 
 def test_offloading_is_for_hsa_models(folders, tmp_path):

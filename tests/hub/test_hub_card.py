@@ -11,7 +11,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from modeling_hsa import HSAForCausalLM
@@ -61,24 +60,15 @@ def test_tables_and_results_are_up_to_date(push):
 def test_what_is_out_of_date_is_found(push, tmp_path):
     folder = tmp_path / NAME
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / ".eval_results" / "babilong.yaml").unlink()
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(re.sub(r"\| s_niah \| [\d.]+", "| s_niah | 12.3", card))
-    assert push.stale(folder) == [".eval_results/babilong.yaml", "README.md"]
+    assert push.stale(folder) == ["README.md"]
     push.update(folder)
     assert push.stale(folder) == []
     assert (folder / "README.md").read_text() == CARD
     (folder / "README.md").write_text(card.replace("<!-- paper -->", ""))
     with pytest.raises(ValueError, match="must have one mark `<!-- paper -->`"):
         push.update(folder)
-
-
-def test_eval_results_are_what_the_hub_reads():
-    files = list((FOLDER / ".eval_results").glob("*.yaml"))
-    assert files
-    for file in files:
-        entries = huggingface_hub.parse_eval_result_entries(yaml.safe_load(file.read_text()))
-        assert entries and all(0 <= entry.value <= 100 for entry in entries)
 
 
 @pytest.mark.slow
@@ -95,7 +85,7 @@ def test_push_uploads_the_folder_under_its_name(push, monkeypatch):
     push.main()
     created, (repo_id, files, card) = calls
     assert created["private"] is True and repo_id == "someone/hsa"
-    assert {"modeling_hsa.py", ".eval_results/babilong.yaml", "results/accuracy.png"} <= files
+    assert {"modeling_hsa.py", "results/accuracy.png"} <= files
     assert not any("__pycache__" in file for file in files)
     assert 'model_id = "someone/hsa"' in card and f'"{NAME}"' not in card
 
@@ -206,7 +196,8 @@ def test_curves_of_runs_are_compared(tmp_path):
     logs = ["--log", "with", FOLDER / "results" / "log.jsonl"]
     logs += ["--log", "without", REPOSITORY / "benchmarks/results/pretraining/no_retrieval_loss/log.jsonl"]
     run = run_example("plot.py", tmp_path, "training", *map(str, logs), task="far", output=tmp_path / "curves.png")
-    assert run.stdout == "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
+    curves = "with: 50% at 14.7M 90% at 18.0M\nwithout: 50% at 29.5M 90% at 37.7M\n"
+    assert run.stdout == f"{curves}Written to {tmp_path / 'curves.png'}.\n"
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(AssertionError, match="has no task 'fra', but far, near"):
         run_example("plot.py", tmp_path, "training", *map(str, logs[3:]), task="fra", output=tmp_path / "curves.png")

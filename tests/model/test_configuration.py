@@ -1,4 +1,4 @@
-"""`HSAConfig`: the paper's setting by default, refuses what is out of range or unknown by name, and survives JSON."""
+"""`HSAConfig`: the paper's sizes by default, refuses what is out of range or unknown by name, and survives JSON."""
 
 import copy
 import json
@@ -106,8 +106,9 @@ def a_choice_of_everything() -> HSAConfig:
 # -- defaults ---------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_setting_of_the_paper():
+def test_defaults_are_the_sizes_of_the_paper():
     config = HSAConfig()
+    assert config.chunk_weighting == "softmax"  # where the paper's models have stick-breaking
     assert (config.sliding_window, config.chunk_size, config.chunk_topk) == (512, 64, 8)
     assert config.max_position_embeddings == 4096
     with torch.device("meta"):

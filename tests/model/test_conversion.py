@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import examples.convert as command
+from hsa_lab.commands import run
 from modeling_hsa import HSAForCausalLM, convert_to_hsa, new_parameters
 from modeling_hsa.conversion import CARRIED, EXPRESSED
 from tests.commands import run_example
@@ -593,7 +594,7 @@ def test_the_command_saves_model_tokenizer_and_generation_config(tmp_path):
         (("missing", "--output", "new"), "cannot load missing"),
         (("source", "--output", "source"), "source is not an empty folder"),
         (("source", "--output", "new", "--chunk_topk", "0"), "`chunk_topk` must be"),
-        (("source", "--output", "new", "--set", "landmark_norm"), "must be NAME=VALUE"),
+        (("source", "--output", "new", "--set", "landmark_norm"), "takes NAME=VALUE"),
         (("source", "--output", "new", "--set", "nothing=1"), "knows 'nothing'"),
     ],
 )
@@ -603,7 +604,7 @@ def test_mistakes_get_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["convert.py", *words])
     monkeypatch.setattr(command.logging, "set_verbosity_error", lambda: None)
     with pytest.raises(SystemExit) as stop:
-        command.main()
+        run(command.main)
     error = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("convert.py: ") and message in error and "\n" not in error
     assert not (tmp_path / "new").exists()

@@ -783,3 +783,14 @@ def test_the_training_length_is_no_limit(arguments):
     prompt = random_ids(1, 80)
     new_tokens = model.generate(prompt, do_sample=False, **arguments).shape[1] - 80
     assert new_tokens == {"max_new_tokens": 5, "max_length": 10}.get(next(iter(arguments), ""), 20)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_takes_a_cache_under_both_of_its_names(model, name):
+    ids, cache = random_ids(1, 50), HSACache(model.config)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **{name: cache}, **GREEDY), expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+    with pytest.raises(ValueError, match="two names of the same argument"):
+        model.generate(ids, cache=HSACache(model.config), past_key_values=HSACache(model.config), **GREEDY)

@@ -125,9 +125,9 @@ def plot(measurements: list[dict], file: Path) -> None:
     panels = {}
     for what, field, title in (
         ("backward", "seconds", "training step, s"),
-        ("prefill", "seconds", "prefill, s"),
-        ("memory", "beyond_cache_mib", "prefill memory beyond the cache, MiB"),
-        ("decode", "seconds", "decode, s per token"),
+        ("prefill", "seconds", "reading a prompt, s"),
+        ("memory", "beyond_cache_mib", "memory for it beyond the cache, MiB"),
+        ("decode", "seconds", "decoding, s per token"),
     ):
         for row in measurements:
             if row["what"] == what:
@@ -162,6 +162,8 @@ class Cpu:
 
     def run(self) -> None:
         arguments, measurements = self.arguments, []
+        parameters = {name: build(name, HSAConfig(**CONFIG)).num_parameters() for name in arguments.models}
+        results = {"parameters": parameters, "prefill_chunk_size": PREFILL_CHUNK_SIZE, "measurements": measurements}
         header = ("model", "what", "tokens", "ms", "ms/1K tok", "peak MiB", "cache MiB", "beyond it")
         print("{:6} {:9} {:>7} {:>10} {:>10} {:>9} {:>10} {:>11}".format(*header))
         for what in arguments.what:
@@ -173,8 +175,6 @@ class Cpu:
                     measurements += rows
                     for row in rows:
                         print_row(row)
-        parameters = {name: build(name, HSAConfig(**CONFIG)).num_parameters() for name in arguments.models}
-        results = {"parameters": parameters, "prefill_chunk_size": PREFILL_CHUNK_SIZE, "measurements": measurements}
-        write_json(arguments.output / "results.json", provenance() | results)
+                    write_json(arguments.output / "results.json", provenance() | results)
         if set(arguments.what) == set(MEASURES):
             plot(measurements, arguments.output / "benchmark.png")

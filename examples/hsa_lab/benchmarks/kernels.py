@@ -10,15 +10,13 @@ and versions, and plots. `--device cpu --toy` runs the same on tiny shapes.
 
 A row also holds its floors: the time to read every input and write every output once at the bandwidth of a copy
 (`bytes_floor_ms`), and the time of its arithmetic at the speed of a matmul of 8192^3 (`flop_floor_ms`), both measured
-on the same device; and the ratio of the time to the larger one. Implementations that are not installed here are
-compared with through a file of times that were recorded elsewhere (`--recorded`).
+on the same device; and the ratio of the time to the larger one.
 """
 
-import json
 import os
 import random
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -35,13 +33,14 @@ from modeling_hsa.layout import build_layout
 from modeling_hsa.ops import chunk_attention, select_chunks
 from modeling_hsa.window import window_attention
 
-from ..commands import REPOSITORY
-from ..plots import draw_scaling
+from ..plots import draw_scaling, named
 from .timing import Benchmark, Timer, tensor_bytes
 
 
 CHUNK_SIZE = 64
-RECORDED = REPOSITORY / "benchmarks/results/gpu/recorded_peers.json"
+# Legends.
+PATTERN_NAMES = {"random": "chunks at random", "shared": "shared chunks"}
+WAYS = {"sdpa": "flash attention with a window", "sdpa, blocks": "masked blocks", "flex": "FlexAttention"}
 SHAPE = ("batch", "length", "heads", "kv_heads", "dim", "topk")
 # Batch, length, query heads, key/value heads, head dim, chunks per query.
 SHAPES = [
@@ -159,7 +158,7 @@ def first_call_ms(timer: Timer, function, inputs: list[torch.Tensor]) -> float:
 
 def measure_attention(timer: Timer, name: str, inputs: list[torch.Tensor]) -> dict:
     function = IMPLEMENTATIONS[name]
-    row = {"compile_ms": first_call_ms(timer, function, inputs)}
+    row = {"compile_ms": first_call_ms(timer, function, inputs)} if timer.on_gpu else {}  # a CPU compiles nothing
     row |= timer.forward_backward(function, inputs, graph=name != "torch")
     if row["both_extra_mib"] is not None:
         for what in ("forward", "both"):
@@ -183,17 +182,6 @@ def with_floors(row: dict, inputs: list[torch.Tensor], limits: dict) -> dict:
         row |= {f"{what}_{kind}_floor_ms": floor for kind, floor in floors.items()}
         if f"{what}_ms" in row:
             row[f"{what}_times_floor"] = row[f"{what}_ms"] / max(floors.values())
-    return row
-
-
-def with_recorded(row: dict, recorded: list[dict]) -> dict:
-    """How many times faster than the recorded times of the others, on the same shape and random chunks."""
-    if "backward_ms" in row and (row["implementation"], row["pattern"]) == ("triton", "random"):
-        for peer in recorded:
-            if all(peer[name] == row[name] for name in SHAPE):
-                label = peer["implementation"].replace(" ", "_")
-                for what in ("forward", "backward"):
-                    row[f"{what}_speedup_over_recorded_{label}"] = peer[f"{what}_ms"] / row[f"{what}_ms"]
     return row
 
 
@@ -281,11 +269,6 @@ class Kernels(Benchmark):
         group.add_argument("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="only these")
         group.add_argument("--dims", type=int, nargs="+", help="only these")
         group.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of chunks")
-        group.add_argument("--recorded", type=Path, default=RECORDED, help="JSON of times of other implementations")
-
-    def __init__(self, arguments: Namespace):
-        super().__init__(arguments)
-        self.recorded = json.loads(arguments.recorded.read_text(encoding="utf-8"))["rows"]
 
     def measure_kernels(self) -> Iterator[dict]:
         arguments, timer = self.arguments, self.timer
@@ -308,7 +291,7 @@ class Kernels(Benchmark):
                     row = dict(zip(SHAPE, shape)) | {"pattern": pattern, "implementation": name}
                     row |= timer.attempt(measure_attention, timer, name, inputs)
                     if name in ("triton", "torch"):
-                        row = with_recorded(with_floors(row, inputs, self.limits), self.recorded)
+                        row = with_floors(row, inputs, self.limits)
                     yield row
 
     def measure_selection(self) -> Iterator[dict]:
@@ -357,7 +340,8 @@ class Kernels(Benchmark):
                 row = {"case": case, "queries": queries, "keys": past + queries, "implementation": name}
                 yield row | timer.attempt(measure_window_call, timer, make, inputs, case == "whole")
 
-    def plot(self, rows: dict[str, list[dict]]) -> None:
+    @classmethod
+    def plot(cls, rows: dict[str, list[dict]], folder: Path) -> None:
         for part, x in (("kernels", "length"), ("window", "queries")):
             kept = [row for row in rows.get(part, []) if "both_ms" in row]
             kept = [row for row in kept if all(row.get(name) == kept[0].get(name) for name in ("heads", "dim"))]
@@ -366,8 +350,13 @@ class Kernels(Benchmark):
                 lines = panels.setdefault(field.replace("_", ", "), {})
                 for row in kept:
                     uses_chunks = "pattern" in row and row["implementation"] not in ("sdpa", "flash")
-                    label = row["implementation"] + (f" {row['pattern']}" if uses_chunks else "")
+                    label = (
+                        WAYS.get(row["implementation"], row["implementation"])
+                        if part == "window"
+                        else named(row["implementation"])
+                    )
+                    label += f", {PATTERN_NAMES[row['pattern']]}" if uses_chunks else ""
                     line = lines.setdefault(label, ([], []))
                     line[0].append(row[x])
                     line[1].append(row[field])
-            draw_scaling(panels, self.arguments.output / f"{part}.png")
+            draw_scaling(panels, folder / f"{part}.png")

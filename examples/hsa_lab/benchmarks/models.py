@@ -18,6 +18,7 @@ SXM (`mfu_of_h100_peak`).
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -33,6 +34,19 @@ from .timing import MIB, Benchmark, Timer
 
 
 H100_PEAK_FLOP_PER_S = 989e12
+# Files of plots: part, field and title of each panel.
+PLOTS = {
+    "training": [
+        ("models", "tokens_per_s", "training, tokens per second"),
+        ("models", "peak_mib", "training, peak memory, MiB"),
+    ],
+    "reading": [
+        ("prefill", "ms", "reading a prompt, ms"),
+        ("prefill", "beyond_cache_mib", "memory for it beyond the cache, MiB"),
+        ("decode", "ms_per_token", "decoding, ms per token"),
+        ("static", "ms_per_token", "decoding, static cache, ms per token"),
+    ],
+}
 # Batch and length.
 TRAINING = [(8, 4096), (2, 16384), (1, 65536)]
 CONTEXTS = [4096, 16384, 65536, 131072, 262144, 524288]
@@ -121,15 +135,16 @@ def measure_step(timer: Timer, limits: dict, model, step_model, input_ids) -> di
     timer.clock_ms(step)
     peak = torch.cuda.max_memory_allocated() / MIB if timer.on_gpu else None  # weights, activations and gradients
     ms = timer.median_ms(step)
-    flop = 3 * forward_flop(model, *input_ids.shape) / ms * 1e3
-    return {
+    row = {
         "first_call_s": first / 1e3,
         "ms": ms,
         "tokens_per_s": input_ids.numel() / ms * 1e3,
         "peak_mib": peak,
-        "mfu": flop / limits["matmul_flop_per_s"],
-        "mfu_of_h100_peak": flop / H100_PEAK_FLOP_PER_S,
     }
+    if timer.on_gpu:  # elsewhere, and of toys, a share of what the device reaches says nothing
+        flop = 3 * forward_flop(model, *input_ids.shape) / ms * 1e3
+        row |= {"mfu": flop / limits["matmul_flop_per_s"], "mfu_of_h100_peak": flop / H100_PEAK_FLOP_PER_S}
+    return row
 
 
 @torch.inference_mode()
@@ -257,20 +272,15 @@ class Models(Benchmark):
             row = {"model": "hsa", "length": length, "max_length": cache.max_length}
             yield row | {"ms_per_token": timer.clock_ms(lambda: decode(steps)) / steps, "first_steps_s": first / 1e3}
 
-    def plot(self, rows: dict[str, list[dict]]) -> None:
-        panels = {}
-        for part, field, title in (
-            ("models", "tokens_per_s", "training, tokens/s"),
-            ("models", "peak_mib", "training, peak MiB"),
-            ("prefill", "ms", "prefill, ms"),
-            ("prefill", "beyond_cache_mib", "prefill beyond the cache, MiB"),
-            ("decode", "ms_per_token", "decoding, ms per token"),
-            ("static", "ms_per_token", "decoding, static cache, ms per token"),
-        ):
-            for row in rows.get(part, []):
-                if row.get(field) is not None:
-                    label = row["model"] + (", compiled" if row.get("compile") == "on" else "")
-                    x, y = panels.setdefault(title, {}).setdefault(label, ([], []))
-                    x.append(row["length"])
-                    y.append(row[field])
-        draw_scaling(panels, self.arguments.output / "models.png")
+    @classmethod
+    def plot(cls, rows: dict[str, list[dict]], folder: Path) -> None:
+        for name, shown in PLOTS.items():
+            panels = {}
+            for part, field, title in shown:
+                for row in rows.get(part, []):
+                    if row.get(field) is not None:
+                        label = row["model"] + (", compiled" if row.get("compile") == "on" else "")
+                        x, y = panels.setdefault(title, {}).setdefault(label, ([], []))
+                        x.append(row["length"])
+                        y.append(row[field])
+            draw_scaling(panels, folder / f"{name}.png")

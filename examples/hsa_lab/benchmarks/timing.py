@@ -167,9 +167,10 @@ class Benchmark:
                 print(part, " ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
                 results[part] = provenance() | {"ceilings": self.limits, "rows": rows}
                 write_json(file, results)
-        self.plot({part: result["rows"] for part, result in results.items()})
+        self.plot({part: result["rows"] for part, result in results.items()}, self.arguments.output)
 
-    def plot(self, rows: dict[str, list[dict]]) -> None:
+    @classmethod
+    def plot(cls, rows: dict[str, list[dict]], folder: Path) -> None:
         """Draws the rows of every part."""
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..chat_rows.chat import ChatFormat
 from ..chat_rows.splits import SPLITS
-from ..commands import add_model_flags, at_least, text_file
+from ..commands import add_model_flags, at_least, refuse_results, text_file
 from ..models import load
 from ..plots import draw_depths
 from ..reading import SEGMENT, make_reader, retrieval_recall
@@ -113,6 +113,7 @@ class Evaluation:
     @classmethod
     def check(cls, arguments: argparse.Namespace) -> None:
         """Raises: ValueError for arguments that make no sense, before the model is loaded. Fills in `--tasks`."""
+        refuse_results("--output", arguments.output, f"{cls.name}.json")
         arguments.tasks = arguments.tasks or list(cls.tasks)
 
     def __init__(self, arguments: argparse.Namespace, model, tokenizer):

@@ -93,6 +93,7 @@ class Perplexity(Evaluation):
     @classmethod
     def check(cls, arguments: Namespace) -> None:
         arguments.tasks = arguments.tasks or ["last", "positions"]
+        super().check(arguments)
         arguments.lengths = sorted(set(arguments.lengths))
         if min(arguments.lengths) < 3:
             raise ValueError("`--lengths` must be at least 3: the first tokens of a window are not scored")

@@ -3,6 +3,8 @@ Retrieval from long contexts, by length: the tasks of the papers on HSA, and tho
 continues, or as chats.
 """
 
+import importlib.resources
+import importlib.util
 import json
 from argparse import ArgumentParser, Namespace
 from functools import partial
@@ -143,8 +145,9 @@ class Ruler(Retrieval):
     """
     Tasks of RULER (arXiv 2404.06654): greedy answers, the share of the expected strings that they contain.
 
-        python examples/evaluate.py ruler --model out/hsa --haystack books.jsonl.gz --words wonderwords.json \\
-            --output out/ruler
+        python examples/evaluate.py ruler --model out/hsa --haystack books.jsonl.gz --output out/ruler
+
+    Needs RULER's words, which come with the package `wonderwords` (`pip install wonderwords`), or others by `--words`.
 
     As `hsa_lab/tasks/ruler.py` says, in either form; in a chat, words, numbers and UUIDs are those of `--split`, and
     none that rows of training are made of. Writes ruler.json, with the `average` of the tasks at each length; the rest
@@ -156,21 +159,33 @@ class Ruler(Retrieval):
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
         super().add_arguments(parser)
-        parser.add_argument("--words", type=existing_file, help="JSON of lists 'nouns', 'adjectives' and 'verbs'")
+        parser.add_argument(
+            "--words", type=existing_file, help="JSON of lists 'nouns', 'adjectives' and 'verbs' instead of RULER's"
+        )
 
     @classmethod
     def check(cls, arguments: Namespace) -> None:
-        arguments.tasks = arguments.tasks or [task for task in cls.tasks if task != "cwe" or arguments.words]
         super().check(arguments)
-        for flag, needing in (("haystack", ruler.NEEDS_HAYSTACK), ("words", ruler.NEEDS_WORDS)):
-            if not getattr(arguments, flag) and (tasks := [task for task in arguments.tasks if task in needing]):
-                raise ValueError(f"`--{flag}` is needed by {', '.join(tasks)}: pass it, or choose other `--tasks`")
+        needing = [task for task in arguments.tasks if task in ruler.NEEDS_HAYSTACK]
+        if needing and not arguments.haystack:
+            raise ValueError(f"`--haystack` is needed by {', '.join(needing)}: pass it, or choose other `--tasks`")
+        needing = [task for task in arguments.tasks if task in ruler.NEEDS_WORDS]
+        if needing and not arguments.words and not importlib.util.find_spec("wonderwords"):
+            raise ValueError(f"the words of {', '.join(needing)} are missing: `pip install wonderwords`, or --words")
 
     def prepare(self) -> None:
-        file = self.arguments.words
-        words = None if file is None else json.loads(file.read_text(encoding="utf-8"))
         split = None if self.chat is None else self.arguments.split
-        self.generator = RulerTasks(self.tokenizer, words, self.haystack, self.chat, split)
+        self.generator = RulerTasks(self.tokenizer, self.words(), self.haystack, self.chat, split)
+
+    def words(self) -> dict[str, list[str]] | None:
+        """Lists "nouns", "adjectives" and "verbs": of `--words`, or RULER's; None where there are none."""
+        if self.arguments.words:
+            return json.loads(self.arguments.words.read_text(encoding="utf-8"))
+        if not importlib.util.find_spec("wonderwords"):
+            return None
+        lists = importlib.resources.files("wonderwords") / "assets"
+        read = {kind: (lists / f"{kind}list.txt").read_text().splitlines() for kind in ("noun", "adjective", "verb")}
+        return {f"{kind}s": [word.strip() for word in words if word.strip()] for kind, words in read.items()}
 
     def questions(self, task: str, length: int, seed: int, index: int, most: int) -> list[Question]:
         rng, depth = sample_rng(seed, task, length, index), self.depth(task, index)

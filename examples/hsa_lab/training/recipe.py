@@ -28,7 +28,10 @@ OPTIONAL = {
 
 def read_recipe(file: Path) -> dict:
     """Raises: ValueError for a field that is unknown or missing."""
-    recipe = json.loads(file.read_text())
+    try:
+        recipe = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: {error}") from None
     if "like" in recipe:
         recipe = read_recipe(file.parent / recipe.pop("like")) | recipe
     stages = recipe.get("stages", [])

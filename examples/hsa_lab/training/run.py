@@ -241,7 +241,10 @@ class Run(StagedRun):
 
     def run(self) -> None:
         self.accelerator.print(f"{self.model.num_parameters() / 1e6:.2f}M parameters; {provenance()}", flush=True)
-        self.run_stages(60 * self.arguments.minutes)
+        done = "done" if self.run_stages(60 * self.arguments.minutes) else "stopped: go on with --resume"
+        self.accelerator.print(
+            f"{self.state['tokens'] / 1e6:.1f}M tokens, {done}. Model, log and checkpoint are in {self.folder}."
+        )
         self.accelerator.end_training()  # or a process that ends while another still talks to it can abort
 
 

@@ -1,10 +1,13 @@
 """Text to train on with `Trainer`: documents from files, the Hub or the chronicles, cut into blocks of tokens."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -19,11 +22,15 @@ SYNTHETIC_DOCUMENT = 5_000  # characters
 
 @dataclass
 class DataArguments:
+    """Text to train on, and how it is cut."""
+
+    _argument_group_name: ClassVar[str] = "text"
+
     train_files: list[str] = field(default_factory=list, metadata={"help": ".txt, .jsonl or .jsonl.gz files"})
     validation_files: list[str] = field(default_factory=list, metadata={"help": "as `train_files`"})
     dataset_name: str | None = field(default=None, metadata={"help": "a data set of the Hub, or a folder"})
-    dataset_config_name: str | None = None
-    text_column: str = "text"
+    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
+    text_column: str = field(default="text", metadata={"help": "where the text is"})
     synthetic_characters: int = field(default=2_000_000, metadata={"help": "text to generate if none is given"})
     validation_fraction: float = field(default=0.02, metadata={"help": "held out where there is no validation text"})
     tokenizer: str | None = field(default=None, metadata={"help": "tokenizer folder or Hub id"})
@@ -56,11 +63,17 @@ def load_files(files: list[str], text_column: str) -> Dataset:
     lines = [file for file in files if file.endswith((".jsonl", ".jsonl.gz"))]
     if unknown := sorted(set(files) - set(plain) - set(lines)):
         raise ValueError(f"Text files must end in .txt, .jsonl or .jsonl.gz, got {', '.join(unknown)}.")
+    if missing := [file for file in files if not Path(file).is_file()]:
+        raise ValueError(f"`--train_files`, `--validation_files`: there is no file {', '.join(missing)}.")
     parts = []
-    if plain:
-        parts.append(load_dataset("text", data_files=plain, sample_by="document", split="train"))
-    if lines:
-        parts.append(only_text(load_dataset("json", data_files=lines, split="train"), text_column))
+    try:
+        if plain:
+            parts.append(load_dataset("text", data_files=plain, sample_by="document", split="train"))
+        if lines:
+            parts.append(only_text(load_dataset("json", data_files=lines, split="train"), text_column))
+    except DatasetGenerationError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"`--train_files`, `--validation_files`: cannot read {', '.join(files)}: {reason}") from error
     return concatenate_datasets(parts)
 
 
