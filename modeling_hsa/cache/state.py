@@ -30,6 +30,14 @@ class State:
         for name in self.fields:
             setattr(self, name, state[name])
 
+    def saved(self) -> dict:
+        """What a session keeps of it: `fields`, without storage that is spare. Tensors, integers, booleans, None."""
+        return self.state_dict()
+
+    def restore(self, saved: dict) -> None:
+        """Takes over what `saved` gave, the tensors being its own."""
+        self.load_state_dict(saved)
+
     def commit(self, layout) -> None:
         """The call of `layout`, a [`TokenLayout`], has gone through."""
 
