@@ -149,7 +149,7 @@ class HSACache(Cache):
             )
         for name, state in self.states.items():
             device = device_of_state(decoder, name)
-            if device.type != "meta":
+            if device.type != "meta" and state.device not in (None, device):
                 state.apply(lambda x, device=device: x.to(device))
         self.is_unattached = False
 

@@ -56,7 +56,7 @@ class PlacedPages(Slots):
         parts, n = self.format.encode(keys, values), len(keys)
         with self._lock:
             self.dtype = self.dtype or keys.dtype
-            if start + n > self.capacity:
+            if start + n > self.capacity or not self.blocks:
                 self._grow(parts, start + n, reserved)
             if self.cache is not None:
                 self.cache.forget(start, start + n)
@@ -161,12 +161,10 @@ class PagedMemory(StoredMemory):
         else:
             is_chunk, first = torch.arange(n, device=keys.device) < completed[:, None], int(slots.min())
         keys, values = keys[is_chunk], values[is_chunk]
-        if len(keys):
-            claim = self.pages.claim(len(keys), first)
-            self.claims = (*self.claims, claim)
-            self.pages.write(claim.start, keys, values, batch * self.reserved)
-            claimed = torch.arange(claim.start, claim.start + len(keys), dtype=torch.int32, device=ids.device)
-            ids[is_chunk] = claimed
+        claim = self.pages.claim(len(keys), first)
+        self.claims = (*self.claims, claim)
+        self.pages.write(claim.start, keys, values, batch * self.reserved)
+        ids[is_chunk] = torch.arange(claim.start, claim.start + len(keys), dtype=torch.int32, device=ids.device)
         self.table = self._added(self.table, slots, ids, end)
 
     def prefetch(self, indices):

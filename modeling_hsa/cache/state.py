@@ -1,6 +1,6 @@
 """What everything that a cache remembers has in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -50,5 +50,12 @@ class State:
     @property
     def batch_size(self) -> int | None:
         """Rows, or None before anything was stored."""
-        tensors = (value for value in self.state_dict().values() if isinstance(value, torch.Tensor))
-        return next((x.shape[0] for x in tensors), None)
+        return next((x.shape[0] for x in self._tensors()), None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of its tensors, or None before anything was stored."""
+        return next((x.device for x in self._tensors()), None)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return (value for value in self.state_dict().values() if isinstance(value, torch.Tensor))

@@ -190,8 +190,11 @@ def test_forks_of_a_loaded_cache_go_their_ways(model, kept, place):
     folder, ids, cache = kept
     loaded = HSACache.from_pretrained(folder, model.config, memory=place)
     forks, questions = [loaded.fork(), loaded.fork()], [random_ids(2, 40), random_ids(2, 40)]
-    for fork, question in zip([*forks, loaded], [*questions, questions[0]]):
-        assert torch.equal(go_on(model, fork, question), go_on(model, cache.fork(), question))
+    twins = [cache.fork() for _ in range(3)]
+    for question in questions:
+        for one, twin in zip([*forks, loaded], twins):
+            assert torch.equal(go_on(model, one, question), go_on(model, twin, question))
+            question = question.roll(1, 1)
     forks[0].save_pretrained(folder)
     with pytest.raises(ValueError, match="Somebody else has saved"):
         forks[1].save_pretrained(folder)

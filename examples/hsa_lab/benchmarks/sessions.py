@@ -95,12 +95,12 @@ class Sessions:
         cache = made[0]
         row["save_s"] = self.seconds(lambda: cache.save_pretrained(kept, model=model))
         row["bytes_per_token"] = sum(file.stat().st_size for file in kept.iterdir()) / length
+        answers = [reader.generate(ids, ANSWER, cache=cache.fork())[0]]
         row["load_s"] = self.seconds(
             lambda: made.append(HSACache.from_pretrained(kept, model.config, model=model, memory=memory))
         )
-        answers = []
         row["answer_s"] = self.seconds(lambda: answers.append(reader.generate(ids, ANSWER, cache=made[1].fork())[0]))
-        row["same_answer"] = reader.generate(ids, ANSWER, cache=cache.fork())[0] == answers[0]
+        row["same_answer"] = answers[0] == answers[1]
         token = ids[:, :1]
         steps = lambda: [model(token, **{CACHE: made[1]}, use_cache=True) for _ in range(DECODED)]  # noqa: E731
         steps()
