@@ -13,6 +13,7 @@ from .page_cache import PageCache
 from .page_format import FORMATS
 from .pages import Slots
 from .places import Place
+from .room import check_call
 
 
 # Of a block of pages. A block is never moved, so growing copies nothing.
@@ -204,6 +205,7 @@ class PagedMemory(StoredMemory):
         slots = view.table.flatten()[wanted.clamp(min=0)].long().masked_fill(wanted < 0, -1).cpu()
         absent = int(len(slots) > 0 and bool(slots[0] < 0))  # -1 sorts first
         slots, which = slots[absent:].unique(return_inverse=True)
+        check_call(len(slots), page_bytes(self.pages.blocks[0]), indices.device)
         pages = self.pages.read(slots, indices.device)
         if len(which) != len(slots) or not torch.equal(which, torch.arange(len(which))):
             which = which.to(indices.device)

@@ -52,7 +52,8 @@ class DiskPlace(Place):
         descriptor, name = tempfile.mkstemp(prefix=".hsa-pages-", dir=self.folder)
         try:
             # A disk that is full is an error here, and would end the process when a page is written.
-            os.posix_fallocate(descriptor, 0, max(1, size * dtype.itemsize))
+            allocate = getattr(os, "posix_fallocate", lambda file, start, end: os.ftruncate(file, end))
+            allocate(descriptor, 0, max(1, size * dtype.itemsize))
             with torch.inference_mode(False):
                 return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
         finally:

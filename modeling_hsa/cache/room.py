@@ -14,6 +14,8 @@ except ImportError:  # it comes with accelerate
 GIB = 2**30
 # What the 8-bit format takes of the bytes of half precision, its scales included.
 INT8_SHARE = 0.56
+# Bytes for which it is not worth asking how many are free.
+_SMALL = 1 << 28
 
 
 def check_room(
@@ -45,6 +47,17 @@ def check_room(
     raise MemoryError(
         f"The chunk memory would take {wanted / GIB:.2f} GiB more of {where}, {needed / GIB:.2f} GiB of them at once, "
         f"but {free / GIB:.2f} GiB are free. Make the cache with {', or '.join(ways)}."
+    )
+
+
+def check_call(pages: int, page_bytes: int, device: torch.device) -> None:
+    """Raises `MemoryError` if the pages that one call retrieves do not fit on a GPU: twice, for they are gathered."""
+    wanted = 2 * pages * page_bytes
+    if wanted < _SMALL or (free := free_bytes("device", device)) is None or wanted <= free:
+        return
+    raise MemoryError(
+        f"The tokens of one call retrieve {pages:,} chunks, which take {wanted / GIB:.2f} GiB of {device}, but "
+        f"{free / GIB:.2f} GiB are free. Read fewer tokens at a time (`prefill_chunk_size` of `generate`)."
     )
 
 

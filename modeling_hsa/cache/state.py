@@ -15,7 +15,7 @@ def writable(buffer: torch.Tensor) -> torch.Tensor:
 class State:
     """
     A part of a cache. What it remembers are the attributes named in `fields`: numbers, and tensors whose first
-    dimension are the rows.
+    dimension are the rows. That is all that a state has to say to be taken back, forked, reordered, moved and saved.
 
     A call takes effect when it is committed. Until then what the state held at its start is not overwritten, so that
     `state_dict`, which holds references, is enough to go back.

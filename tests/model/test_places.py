@@ -290,6 +290,18 @@ def test_without_room_the_call_fails_and_the_cache_stays(model, tmp_path, monkey
     assert torch.equal(read(model, more, [600], cache)[0], read(model, more, [600], small)[0])
 
 
+@torch.no_grad()
+def test_a_call_that_retrieves_more_than_fits_is_refused(model, monkeypatch):
+    cache, ids = HSACache(model.config, memory="host"), random_ids(1, 200)
+    read(model, ids, [100], cache)
+    monkeypatch.setattr(room, "_SMALL", 0)
+    read(model, random_ids(1, 1), [1], cache)
+    monkeypatch.setattr(room, "free_bytes", lambda *_: 100)
+    with pytest.raises(MemoryError, match="retrieve .* chunks.*0.00 GiB are free.*prefill_chunk_size"):
+        model(random_ids(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == 201
+
+
 def test_room_is_what_the_system_says(tmp_path):
     for place in ("device", "host", "disk"):
         assert room.free_bytes(place, torch.device("cpu"), tmp_path) > 1 << 20

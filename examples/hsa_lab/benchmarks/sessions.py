@@ -1,7 +1,7 @@
 """
 What it takes to keep a document that was read: saving it as a session, loading it, and the first answer after that.
 
-    python examples/benchmark.py sessions --output benchmarks/results/sessions --device cpu --lengths 65536
+    python examples/benchmark.py sessions --output benchmarks/results/sessions/cpu --device cpu --lengths 65536
 
 For every length and place of the chunk memory: seconds to read the document, to save it, to save it again after a few
 tokens more, to load it, and from there to the last of 16 tokens of an answer to a question of 16; milliseconds a token
