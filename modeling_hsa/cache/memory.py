@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..layout import TokenLayout
 from .pages import Claim, Pages, Slots, grown, store
 from .ring import fixed_zeros, replace_fixed
+from .room import check_room
 from .state import State
 
 
@@ -326,6 +327,7 @@ class DeviceMemory(StoredMemory):
         return {name: x.cpu() for name, x in parts.items()}
 
     def _restore_pages(self, session, table, capacity, device):
+        check_room(session.nbytes, "device", device, session.nbytes)
         self.pages.used = table.shape[1]
         self.pages.keys = session.gather("keys", table, capacity, device)
         self.pages.values = session.gather("values", table, capacity, device)

@@ -77,15 +77,15 @@ class PlacedPages(Slots):
         self.place.check_room(count * page, needed, device, self.format.kv_dtype is None)
         self.add_block(tuple(self.place.allocate((count, *x.shape[1:]), x.dtype, device) for x in parts))
 
-    def read(self, slots: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def read(self, slots: torch.Tensor, device: torch.device, use_cache: bool = True) -> tuple[torch.Tensor, ...]:
         """The pages of the slots int64 [n], all different, on the CPU: tensors [n, ...] on the device."""
         with self._lock:
             if self._written is not None:
                 self._written.synchronize()
                 self._written = None
-            if self.cache is None and (capacity := self._cached_pages(device)):
+            if use_cache and self.cache is None and (capacity := self._cached_pages(device)):
                 self.cache = PageCache(capacity, self.blocks[0], device)
-            if self.cache is None:
+            if self.cache is None or not use_cache:
                 return self._gather(slots, device)
             return tuple(self.cache.get(slots, lambda missing: self._gather(missing, device)))
 
@@ -96,8 +96,7 @@ class PlacedPages(Slots):
         return (default if self.cached_bytes is None else self.cached_bytes) // page_bytes(self.blocks[0])
 
     def _gather(self, slots: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-        if self.place.name == "device":
-            slots = slots.to(device)
+        slots = slots.to(self.blocks[0][0].device)
         if len(self.blocks) == 1:
             pages = tuple(torch.index_select(x, 0, slots, out=_staging(x, len(slots), device)) for x in self.blocks[0])
         else:
@@ -108,7 +107,7 @@ class PlacedPages(Slots):
                 here = (block_of == i).nonzero()[:, 0]
                 for page, stored in zip(pages, self.blocks[i]):
                     page[here] = stored[slots[here] - self.starts[i]]
-        return tuple(x.to(device, non_blocking=True) for x in pages)
+        return tuple(x.to(device, non_blocking=device.type == "cuda") for x in pages)
 
     def __reduce__(self):
         raise TypeError("A cache in host memory or on disk cannot be pickled. Use `save_pretrained`, or `fork`.")
@@ -237,15 +236,14 @@ class PagedMemory(StoredMemory):
         row, chunk = row.to(self.table.device), chunk.to(self.table.device)
         parts = {"landmarks": self.stored_landmarks[row, chunk].cpu()}
         slots, which = self.table[row, chunk].long().cpu().unique(return_inverse=True)
-        with self.pages._lock:
-            pages = self.pages._gather(
-                slots, torch.device("cpu") if self.place.name != "device" else self.table.device
-            )
-        return parts | {name: x.cpu()[which] for name, x in zip(self.pages.format.names, pages)}
+        pages = self.pages.read(slots, torch.device("cpu"), use_cache=False)
+        return parts | {name: x[which] for name, x in zip(self.pages.format.names, pages)}
 
     def _restore_pages(self, session, table, capacity, device):
         self.table = self.saved.int()
         self.pages.dtype = session.dtype
+        if self.place.name != "disk":
+            self.place.check_room(session.nbytes, session.nbytes, device, self.kv_dtype is None)
         for block in session.blocks():
             parts = tuple(block[name] for name in self.pages.format.names)
             if self.place.name != "disk":

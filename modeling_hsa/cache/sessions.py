@@ -56,6 +56,10 @@ class SessionPages:
         self.folder, self.shards, self.count = folder, header["shards"], header["pages"]
         self.dtype = None if header["dtype"] is None else getattr(torch, header["dtype"])
 
+    @property
+    def nbytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards)
+
     def blocks(self) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors of each file, [pages, ...], in the order of the pages."""
         for shard in self.shards:

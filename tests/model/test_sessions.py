@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from modeling_hsa import HSACache, HSAForSequenceClassification, HSAStaticCache
-from modeling_hsa.cache import session_files, sessions
+from modeling_hsa.cache import room, session_files, sessions
 from tests.models import make_variant, tiny_config, tiny_model
 from tests.rows import Rows, random_ids, read
 
@@ -439,6 +439,15 @@ def test_a_folder_with_something_else_is_refused(model, kept, tmp_path):
     cache.reset()
     with pytest.raises(ValueError, match="holds a session already"):
         cache.save_pretrained(folder)
+
+
+def test_a_session_that_does_not_fit_is_refused(model, kept, monkeypatch):
+    folder, _, _ = kept
+    monkeypatch.setattr(room, "free_bytes", lambda *_: 100)
+    for memory, where in (("device", "cpu"), ("host", "host memory")):
+        with pytest.raises(MemoryError, match=f"GiB more of {where}.*`memory='disk'`"):
+            HSACache.from_pretrained(folder, model.config, memory=memory)
+    HSACache.from_pretrained(folder, model.config, memory="disk")
 
 
 def test_a_second_writer_is_refused(kept):
