@@ -127,8 +127,8 @@ def save_session(cache, folder: str | os.PathLike, model=None, token_ids: torch.
                 "states": numbers,
             }
         )
+        cache.session, cache.memory.saved = session, saved
         files.remove_all_but({entry["file"] for entry in (*shards, state)})
-    cache.session, cache.memory.saved = session, saved
 
 
 def _checked_token_ids(token_ids, cache) -> torch.Tensor | None:
