@@ -75,7 +75,8 @@ class PlacedPages(Slots):
         count = max(count, reserved - self.capacity)
         needed = (needed - self.capacity) * page
         self.place.check_room(count * page, needed, device, self.format.kv_dtype is None)
-        self.add_block(tuple(self.place.allocate((count, *x.shape[1:]), x.dtype, device) for x in parts))
+        like = self.blocks[0] if self.blocks else parts
+        self.add_block(tuple(self.place.allocate((count, *x.shape[1:]), x.dtype, device) for x in like))
 
     def read(self, slots: torch.Tensor, device: torch.device, use_cache: bool = True) -> tuple[torch.Tensor, ...]:
         """The pages of the slots int64 [n], all different, on the CPU: tensors [n, ...] on the device."""

@@ -82,7 +82,9 @@ def grown(buffer: torch.Tensor | None, like: torch.Tensor, needed: int, reserved
     capacity = grown_capacity(buffer, needed, reserved)
     if buffer is not None and capacity == buffer.shape[1]:
         return buffer
-    larger = like.new_zeros(like.shape[0], capacity, *like.shape[2:])
+    # Of the dtype of what is there, also if a model of another dtype goes on.
+    dtype = like.dtype if buffer is None else buffer.dtype
+    larger = like.new_zeros(like.shape[0], capacity, *like.shape[2:], dtype=dtype)
     if buffer is not None:
         larger[:, : buffer.shape[1]] = buffer
     return larger

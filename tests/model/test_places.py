@@ -104,6 +104,18 @@ def test_nor_does_anything_that_is_done_to_it(model, place):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_model_of_another_dtype_goes_on(model, place, kv_dtype):
+    """What comes is written down in the dtype of what is there."""
+    half = copy.deepcopy(model).bfloat16()
+    for first, then in ((half, model), (model, half)):
+        caches = [HSACache(model.config, kv_dtype=kv_dtype), HSACache(model.config, kv_dtype=kv_dtype, **place)]
+        Twins(first, *caches).read(random_ids(2, 100))
+        Twins(then, *caches).read(random_ids(2, 400), [100])
+        Twins(first, *caches).read(random_ids(2, 50))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
 def test_generate_keeps_the_memory_where_it_is_told(model, tmp_path, way):
     ids = random_ids(1, 70)
