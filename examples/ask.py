@@ -3,13 +3,16 @@ Read a long document once, then ask about it, and see which passages the answers
 
     python examples/ask.py
     python examples/ask.py --document notes.txt --question "What is the locker number of Mabel the cooper?"
+    python examples/ask.py --session notes --document notes.txt --question "What is the locker number of Mabel?"
+    python examples/ask.py --session notes --question "Who is the cooper?"
     python examples/ask.py --html page.html
 
 Without `--document`, a made-up chronicle of `--characters` is read, with facts hidden in it that nothing else in the
 text gives away, and every fact is asked for. For each answer the passages are shown that its tokens retrieved: how
 much they counted, averaged over the HSA layers and the tokens of the answer, and where in the document they stand.
-Where nothing stands out, the answer is a guess. `--html` writes a page, on which the document has the passages lit
-that a token of an answer retrieved, by layer.
+    python examples/ask.py --html page.html
+
+`--session` keeps what was read in a folder: the next start answers at once, with or without the document.
 """
 
 import hsa_lab  # isort: skip  # noqa: F401  # Ctrl-C is quiet from here on
@@ -24,7 +27,8 @@ import torch
 
 from hsa_lab.commands import HUB_CARD, add_model_flags, at_least, make_parser, run
 from hsa_lab.models import load
-from hsa_lab.reading import PromptBar, Reader, make_reader
+from hsa_lab.reading import Reader, make_reader
+from hsa_lab.sessions import has_session, read_or_load
 from hsa_lab.tasks.chronicles import make_document
 from hsa_lab.tokens import encode
 from hsa_lab.viewer import Answer, write_page
@@ -52,16 +56,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), default=16, help="of an answer, which ends with its sentence or line"
     )
+    parser.add_argument("--session", type=Path, help="folder that keeps what was read, for the next start")
     arguments = parser.parse_args()
-    if (arguments.document is None) == bool(arguments.question):
-        parser.error("`--question` needs `--document`, and `--document` a `--question`")
+    arguments.is_resumed = bool(arguments.session and arguments.question and arguments.document is None)
+    if (arguments.document is None) == bool(arguments.question) and not arguments.is_resumed:
+        parser.error("`--question` needs `--document` or `--session`, and `--document` a `--question`")
     if not all(question.strip() for question in arguments.question):
         parser.error("a `--question` is empty")
     return arguments
 
 
-def read_text(arguments: argparse.Namespace) -> tuple[str, list[Question]]:
-    """The document and the questions about it. Raises: ValueError if it cannot be had."""
+def read_text(arguments: argparse.Namespace) -> tuple[str | None, list[Question]]:
+    """
+    The document, None for that of the session, and the questions about it. Raises: ValueError if it cannot be had.
+    """
+    if arguments.is_resumed:
+        return None, [Question(question.strip()) for question in arguments.question]
     if arguments.document is None:
         made = make_document(arguments.seed, arguments.characters, arguments.facts)
         return made.text.rstrip(), [Question(fact.question, fact.answer) for fact in made.facts]
@@ -129,13 +139,17 @@ def main() -> None:
     arguments = parse_arguments()
     text, questions = read_text(arguments)
     model, tokenizer = load(arguments, hsa_only=True)
-    document = torch.tensor([encode(tokenizer, text)], device=model.device)
-    chronicle = f"A chronicle with {len(questions)} facts hidden in it"
-    introduce(model, arguments.document or chronicle, text, document.shape[1])
-    start, reader = time.perf_counter(), make_reader(model)
-    with PromptBar(model, document.shape[1]):
-        cache = reader.read(document)
-    print(f"Read in {time.perf_counter() - start:.0f} s.")
+    document = None if text is None else torch.tensor([encode(tokenizer, text)], device=model.device)
+    title = str(arguments.document or f"A chronicle with {len(questions)} facts hidden in it")
+    if text is not None:
+        introduce(model, title, text, document.shape[1])
+    start, reader, is_kept = time.perf_counter(), make_reader(model), has_session(arguments.session)
+    cache, document = read_or_load(reader, document, arguments.session)
+    seconds = time.perf_counter() - start
+    if text is None:
+        title = f"The document of {arguments.session}"
+        introduce(model, title, tokenizer.decode(document[0]), document.shape[1])
+    print(f"Read before, loaded in {seconds:.1f} s." if is_kept else f"Read in {seconds:.0f} s.")
 
     right, answers = 0, []
     for question in questions:
@@ -147,13 +161,10 @@ def main() -> None:
         print(f"\n{question.text}\n-> {bold(answer) or '(nothing: the model ended its answer at once)'}{verdict}")
         answers.append(Answer(question.text, tokens, recorder, verdict.strip()))
         show_passages(recorder.weights(), document, model.config.chunk_size, tokenizer, answer, arguments.passages)
-    if arguments.document is None:
+    if not arguments.question:
         print(f"\n{right} of {len(questions)} right.")
     if arguments.html is not None:
-        title, about = (
-            str(arguments.document or chronicle),
-            f"{document.shape[1]:,} tokens. Point at a token of an answer.",
-        )
+        about = f"{document.shape[1]:,} tokens. Point at a token of an answer."
         write_page(arguments.html, title, about, document[0].tolist(), answers, tokenizer, model.config)
         print(f"\nWritten to {arguments.html}.")
 

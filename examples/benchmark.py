@@ -7,7 +7,7 @@ Measure time and memory of HSA models, their operations and their peers, and whe
 Every command writes a file of results with hardware, versions and commit, and plots.
 """
 
-from hsa_lab.benchmarks import cpu, kernels, models, recall
+from hsa_lab.benchmarks import cpu, kernels, models, recall, sessions
 from hsa_lab.commands import add_commands, make_parser, run
 
 
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "kernels": (kernels.Kernels, kernels.__doc__),
     "models": (models.Models, models.__doc__),
     "cpu": (cpu.Cpu, cpu.__doc__),
+    "sessions": (sessions.Sessions, sessions.__doc__),
     "recall": (recall.Recall, recall.__doc__),
 }
 

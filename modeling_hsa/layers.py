@@ -93,6 +93,7 @@ class HSARetrievalLayer(HSALayer):
         """hidden_states [B, L, hidden] -> the same; `state`: what a cache keeps for the layer."""
         queries, attention = (None, None) if state is None else (state.queries, state.attention)
         (retrieved,) = self.retrieval(hidden_states, memory, layout, queries)
+        memory.prefetch(retrieved.indices)
         if self.config.hsa_local_attention:
             attended, _ = self.self_attn(
                 self.input_layernorm(hidden_states), layout, position_embeddings, attention, **kwargs

@@ -190,6 +190,8 @@ class HSAModel(HSAPreTrainedModel):
         position_ids = check_inputs(
             self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
         )
+        if past_key_values is not None:
+            past_key_values.attach(self)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         # What Transformers switches on is an attribute of the layers. If this module had one too, older versions would

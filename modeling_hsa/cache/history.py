@@ -28,6 +28,14 @@ class TokenHistory(State):
     def tokens(self) -> torch.Tensor:
         return self.buffer[..., self.start : self.end, :]
 
+    def saved(self) -> dict:
+        tokens = None if self.buffer is None else self.tokens
+        return {**self.state_dict(), "buffer": tokens, "start": 0, "end": self.size, "recording": self.recording}
+
+    def restore(self, saved: dict) -> None:
+        self.load_state_dict(saved)
+        self.recording = saved["recording"]
+
     def append(self, new: torch.Tensor, layout) -> torch.Tensor:
         """
         Adds the tokens of a call, `new` [B, ..., L, D] in the aligned order of its [`TokenLayout`]. Returns everything

@@ -1,6 +1,7 @@
 """`HSACache`: what an HSA model remembers between calls."""
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,14 @@ from configuration_hsa import HSAConfig
 from ..copies import CACHE_FORMAT
 from ..kinds import LAYER_KINDS
 from ..layout import Past, TokenLayout
+from .fingerprint import device_of_state, fingerprint
 from .layer_states import Storage
-from .memory import DeviceMemory, HostMemory
+from .memory import DeviceMemory, StoredMemory
+from .page_format import FORMATS
+from .paged import PagedMemory
+from .places import DiskPlace, HostPlace, Place
 from .rows import Rows, StaticRows
+from .sessions import Session, config_fields, load_session, save_session
 from .state import State
 from .storage import GrowingStorage
 
@@ -37,9 +43,22 @@ class HSACache(Cache):
 
     Args:
         config ([`HSAConfig`]): the configuration of the model.
+        memory (`str`, *optional*, defaults to `"device"`):
+            Where keys and values of the chunk memory are kept: on the `"device"`, in `"host"` memory, or on `"disk"`.
+            Landmarks are always on the device; retrieved chunks are copied there. The answers are the same.
+        folder (`str` or `os.PathLike`, *optional*):
+            Of `memory="disk"`: a folder on the disk. What is written there is gone with the cache.
+        kv_dtype (`str`, *optional*):
+            `"int8"` keeps keys and values of the chunk memory in 8 bits, with scales for each chunk; by default they
+            are kept as they are.
+        page_cache_bytes (`int`, *optional*):
+            Of retrieved chunks that stay on the device, for `"host"` and `"disk"`: 1 GiB on a GPU by default.
         offloading (`bool`, *optional*, defaults to `False`):
-            Keep keys and values of the chunk memory in host memory; only retrieved chunks are copied to the device.
-            `generate(cache_implementation="offloaded")` sets it.
+            `memory="host"`. `generate(cache_implementation="offloaded")` sets it.
+
+    Raises:
+        ValueError: for arguments that do not go together or name what does not exist.
+        MemoryError: later, from a call that the place of the memory has no room for.
 
     Example:
 
@@ -53,14 +72,27 @@ class HSACache(Cache):
     is_croppable = True
     format_version = CACHE_FORMAT
 
-    def __init__(self, config: HSAConfig, offloading: bool = False):
-        memory = HostMemory() if offloading else DeviceMemory()
-        self._assemble(config, GrowingStorage(config.sliding_window), Rows(2 * config.sliding_window), memory)
+    def __init__(
+        self,
+        config: HSAConfig,
+        memory: str = "device",
+        folder: str | os.PathLike | None = None,
+        *,
+        kv_dtype: str | None = None,
+        page_cache_bytes: int | None = None,
+        offloading: bool = False,
+    ):
+        if offloading and memory == "device":
+            memory = "host"
+        elif offloading and memory != "host":
+            raise ValueError(f"`offloading` means `memory='host'`, got {memory!r}. Leave out one of them.")
+        stored = _make_memory(memory, folder, kv_dtype, page_cache_bytes)
+        self._assemble(config, GrowingStorage(config.sliding_window), Rows(2 * config.sliding_window), stored)
 
-    def _assemble(self, config: HSAConfig, storage: Storage, rows: Rows | StaticRows, memory: DeviceMemory) -> None:
+    def _assemble(self, config: HSAConfig, storage: Storage, rows: Rows | StaticRows, memory: StoredMemory) -> None:
         super().__init__(layers=[LAYER_KINDS[kind].state(config, storage) for kind in config.layer_types])
-        self.header = {name: getattr(config, name) for name in CACHE_FIELDS}
-        self.header["layer_types"] = list(config.layer_types)
+        self.header = self.fields_of(config)
+        self.computed_with = config_fields(config)
         self.rows = rows
         self.memory = memory
         # Of the chunk encoder: the tokens that are in no complete chunk yet.
@@ -68,6 +100,8 @@ class HSACache(Cache):
         layers = ((f"layers.{i}.{name}", part) for i, x in enumerate(self.layers) for name, part in x.parts().items())
         # Everything the cache remembers.
         self.states: dict[str, State] = {**dict(layers), "hidden": self.hidden, **rows.parts(), "memory": memory}
+        self.session: Session | None = None  # that it was saved to or loaded from last
+        self.is_unattached = False  # of a session: until the model is there
         self._before: dict[str, dict] | None = None  # during a call: what the states were at its start
         self._layout: TokenLayout | None = None  # of a call that is finished and not yet committed
 
@@ -83,6 +117,11 @@ class HSACache(Cache):
         for name, state in self.states.items():
             state.load_state_dict(states[name])
 
+    @staticmethod
+    def fields_of(config: HSAConfig) -> dict[str, Any]:
+        """`CACHE_FIELDS` of a configuration."""
+        return {name: getattr(config, name) for name in CACHE_FIELDS} | {"layer_types": list(config.layer_types)}
+
     def check_fits(self, config: HSAConfig) -> None:
         """Raises `ValueError` if the cache was made for a model that keeps something else."""
         for name, theirs in self.header.items():
@@ -91,6 +130,28 @@ class HSACache(Cache):
                     f"`past_key_values` was made for a model with `{name}` {theirs}, but this one has {ours}. Make "
                     "it with `HSACache(model.config)`."
                 )
+
+    def attach(self, decoder: torch.nn.Module) -> None:
+        """
+        Of a cache that was loaded, before it is used for the first time: checks that it was made with the weights of
+        the `HSAModel`, and moves it to where that is.
+
+        Raises: ValueError for other weights.
+        """
+        if not self.is_unattached:
+            return
+        weights = self.session.weights
+        if weights is not None and fingerprint(decoder) != weights["sha256"]:
+            raise ValueError(
+                f"The session in {self.session.folder} was made with other weights, of {weights['dtype']} (this "
+                f"model: {next(decoder.parameters()).dtype}). Load that model, in that dtype, or read the document "
+                "again into another folder."
+            )
+        for name, state in self.states.items():
+            device = device_of_state(decoder, name)
+            if device.type != "meta" and state.device not in (None, device):
+                state.apply(lambda x, device=device: x.to(device))
+        self.is_unattached = False
 
     def reserve(self, tokens: int) -> None:
         """
@@ -106,6 +167,64 @@ class HSACache(Cache):
         """
         self.settle()
         return copy.deepcopy(self, {id(self.memory): self.memory.fork()})
+
+    # -- sessions ---------------------------------------------------------------------------------------------------
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """Of a cache that was loaded or saved: the `token_ids` that were saved with it, if there were any."""
+        return None if self.session is None else self.session.token_ids
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        model: torch.nn.Module | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Keeps the cache as a session, which goes on in another process with the same numbers. Into the folder that it
+        was loaded from or saved to before, only the chunks that are new are written, and what does not grow.
+
+        Args:
+            folder: empty, or with the session that this cache goes on with. Whenever the process ends, it holds the
+                session before or the one after.
+            model: an HSA model, whose weights are then asked for where the session is loaded. By default those that
+                the cache was loaded with, if it was.
+            token_ids (int64 [B, columns]): all tokens in the cache, so that what was retrieved can be shown. A later
+                save needs them again.
+
+        Raises:
+            ValueError: if the folder holds something else, or a save of somebody else since, or for `token_ids` of
+                another shape.
+            BlockingIOError: while somebody else saves there.
+        """
+        save_session(self, folder, model, token_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        config: HSAConfig,
+        model: torch.nn.Module | None = None,
+        memory: str = "device",
+        device: torch.device | str | None = None,
+        verify: bool = False,
+    ) -> "HSACache":
+        """
+        The cache of a session. Files have to be as large as they were; nothing in them is run.
+
+        Args:
+            model: that the cache is for, whose weights are then checked at once, else when it is first called.
+            memory: where the chunk memory is to be, as of the class. `"disk"` leaves it in the files, of which only
+                what is retrieved is read.
+            device: of the cache until the model is there; by default that of `model`, or else the CPU.
+            verify: whether to read all files and compare their sums.
+
+        Raises:
+            FileNotFoundError: if there is no session, or a file of it is missing.
+            ValueError: for a session that is damaged, or of another configuration or other weights.
+        """
+        return load_session(cls, folder, config, model, memory, device, verify)
 
     # -- used by the model ------------------------------------------------------------------------------------------
 
@@ -227,9 +346,32 @@ class HSACache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens."""
+        self.session, self.is_unattached = None, False
         self._layout = self._before = None
         for state in self.states.values():
             state.reset()
+
+
+def _make_memory(memory: str, folder, kv_dtype: str | None, page_cache_bytes: int | None) -> StoredMemory:
+    """The chunk memory that the arguments of `HSACache` ask for."""
+    if memory not in ("device", "host", "disk"):
+        raise ValueError(f"`memory` must be 'device', 'host' or 'disk', got {memory!r}.")
+    if kv_dtype not in FORMATS:
+        raise ValueError(f"`kv_dtype` must be 'int8', or None for the dtype of the model, got {kv_dtype!r}.")
+    if (folder is None) == (memory == "disk"):
+        raise ValueError(
+            "`memory='disk'` needs a `folder` on the disk." if folder is None else
+            f"`folder` is for `memory='disk'`, got {memory!r}. Leave out one of them."
+        )  # fmt: skip
+    if page_cache_bytes is not None:
+        if memory == "device":
+            raise ValueError("`page_cache_bytes` is for `memory='host'` and 'disk'. Leave out one of them.")
+        if _as_int("page_cache_bytes", page_cache_bytes) < 0:
+            raise ValueError(f"`page_cache_bytes` must be at least 0, got {page_cache_bytes}.")
+    if memory == "device" and kv_dtype is None:
+        return DeviceMemory()
+    place = {"device": Place, "host": HostPlace, "disk": lambda: DiskPlace(folder)}[memory]()
+    return PagedMemory(place, kv_dtype, page_cache_bytes)
 
 
 def _as_int(name: str, value) -> int:

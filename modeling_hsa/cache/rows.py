@@ -135,7 +135,18 @@ class StaticRows(State):
             self.count.zero_()
 
 
-def _most_chunks(rows: torch.Tensor, chunk_size: int) -> int:
-    """rows [B, 3] as `RowState`."""
+def chunks_of_rows(rows: Rows, batch: int, chunk_size: int) -> torch.Tensor:
+    """How many complete chunks each row has, int64 [B]."""
+    if rows.tokens is not None:
+        return torch.full((batch,), rows.tokens // chunk_size)
+    return _chunks(rows.last_tokens.tokens[:, -1], chunk_size)
+
+
+def _chunks(rows: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """rows [B, 3] as `RowState` -> the number of complete chunks of each row, [B]."""
     position, first_chunk, _ = rows.unbind(-1)
-    return int((first_chunk + (position + 1) // chunk_size).max())
+    return first_chunk + (position + 1) // chunk_size
+
+
+def _most_chunks(rows: torch.Tensor, chunk_size: int) -> int:
+    return int(_chunks(rows, chunk_size).max())

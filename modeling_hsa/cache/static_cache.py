@@ -21,8 +21,8 @@ class HSAStaticCache(HSACache):
     A step is a call with one token per row and no attention mask: every token counts as real. The chunk encoder runs
     at every step, on the last `chunk_size` tokens; what it makes of an unfinished chunk is overwritten before anybody
     sees it. Calls of other shapes (prompts, padding) work as with [`HSACache`] and are not meant to be compiled; the
-    first call, which allocates the storage, is one of them. `crop`, `fork`, offloading and flash attention are not
-    supported.
+    first call, which allocates the storage, is one of them. `crop`, `fork`, `save_pretrained`, other places of
+    the chunk memory than the device, and flash attention are not supported.
 
     Args:
         config ([`HSAConfig`]): the configuration of the model.
@@ -95,6 +95,13 @@ class HSAStaticCache(HSACache):
 
     def fork(self):
         raise NotImplementedError("A static cache cannot be forked. Use an HSACache, or `copy.deepcopy`.")
+
+    def save_pretrained(self, *args, **kwargs):
+        raise NotImplementedError("A static cache cannot be saved. Use an HSACache.")
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        raise NotImplementedError("A session is loaded into an HSACache: use `HSACache.from_pretrained`.")
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("A static cache cannot be cropped. Use an HSACache.")

@@ -47,6 +47,14 @@ def test_cpu_benchmark(tmp_path):
     assert len(made["measurements"]) == 2 * 2 * 5 and (tmp_path / "benchmark.png").is_file()
 
 
+def test_sessions_benchmark(tmp_path):
+    run_example("benchmark.py", tmp_path, "sessions", "--toy", "--lengths", "500", output=tmp_path, device="cpu")
+    made = json.loads((tmp_path / "sessions.json").read_text(encoding="utf-8"))
+    assert [row["memory"] for row in made["rows"]] == ["device", "host", "disk"]
+    assert all(row["same_answer"] and row["tokens"] == 500 for row in made["rows"])
+    assert {"hardware", "commit"} <= made.keys()
+
+
 @pytest.mark.slow
 def test_recall_benchmark(tmp_path):
     words = ["recall", "--max_steps", "4", "--eval_steps", "2", "--batch_size", "4", "--hidden_size", "32"]

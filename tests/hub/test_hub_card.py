@@ -252,7 +252,8 @@ def test_ask_about_documents_of_about_a_chunk(tmp_path, sentences):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"question": "Why?"}, "`--question` needs `--document`"),
+        ({"question": "Why?"}, "`--question` needs `--document` or `--session`"),
+        ({"question": "Why?", "session": "nowhere"}, "`--session`: there is none in nowhere yet"),
         ({"document": "notes.txt", "question": " "}, "a `--question` is empty"),
         ({"facts": 0}, "argument --facts: must be at least 1, got 0"),
         ({"document": "missing.txt", "question": "Why?"}, "cannot read missing.txt as UTF-8 text: .*No such file"),

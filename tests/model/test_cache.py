@@ -1,6 +1,7 @@
 """`HSACache`: whatever is done to it, the next tokens get the logits they get without a cache."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ CACHED = ("default", "no_local_attention", "stride_3", "stride_20", "window_of_o
 
 CACHES = {
     "device": HSACache,
-    "host": lambda config: HSACache(config, offloading=True),
+    "host": lambda config: HSACache(config, memory="host"),
+    "disk": lambda config: HSACache(config, memory="disk", folder=tempfile.gettempdir()),
     "static": lambda config: HSAStaticCache(config, 120),
 }
 

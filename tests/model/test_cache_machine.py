@@ -5,6 +5,7 @@ to the rows it does to `Rows` as well, so that these always say what the cache s
 
 import contextlib
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -85,18 +86,21 @@ class CacheMachine(RuleBasedStateMachine):
         self.half = _half_model(name) if changes_dtype else None
         self.losses: list[torch.Tensor] = []
         self.made = 0
+        self.folders: list[tempfile.TemporaryDirectory] = []
 
     # -- making and unmaking ------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.made < 2)
-    @rule(target=branches, kind=st.sampled_from(["device", "device", "host", "static"]), batch=st.integers(1, 3))
+    @rule(
+        target=branches, kind=st.sampled_from(["device", "device", "host", "disk", "static"]), batch=st.integers(1, 3)
+    )
     def make(self, kind, batch):
         config = self.model.config
         self.made += 1
         if kind == "static":
             cache = HSAStaticCache(config, MOST_COLUMNS)
         else:
-            cache = HSACache(config, offloading=kind == "host")
+            cache = HSACache(config, memory=kind, folder=tempfile.gettempdir() if kind == "disk" else None)
         return Branch(cache, Rows(*[""] * batch))
 
     @rule(target=branches, branch=branches, data=st.data())
@@ -113,6 +117,23 @@ class CacheMachine(RuleBasedStateMachine):
     def drop(self, branch):
         """Gives the room of a fork back."""
         self.made = 1
+
+    @rule(branch=branches, memory=st.sampled_from(["device", "host", "disk"]), keeps_folder=st.booleans())
+    def keep(self, branch, memory, keeps_folder):
+        """Goes on with what was saved, in the same session or a new one, and loaded."""
+        if branch.is_static:
+            return
+        folder = branch.cache.session.folder if branch.cache.session and keeps_folder else self._new_folder()
+        try:
+            branch.cache.save_pretrained(folder)
+        except ValueError:
+            assert keeps_folder  # a fork has saved there
+            branch.cache.save_pretrained(folder := self._new_folder())
+        branch.cache = HSACache.from_pretrained(folder, self.model.config, memory=memory, verify=True)
+
+    def _new_folder(self) -> str:
+        self.folders.append(tempfile.TemporaryDirectory())
+        return self.folders[-1].name
 
     @rule(branch=branches, batch=st.integers(1, 3))
     def reset(self, branch, batch):
@@ -287,6 +308,8 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self):
         if getattr(self, "losses", None):
             self.backward()
+        for folder in getattr(self, "folders", []):
+            folder.cleanup()
 
 
 def _raise(error: type[BaseException]):
