@@ -17,17 +17,18 @@ the checkpoint in its folder. To use several processes, give each its share of t
 
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from hsa_lab.commands import add_device_flag, at_least, make_parser, run
 from hsa_lab.study.cells import SCALES, TABLES
 from hsa_lab.study.models import MODELS, missing
 from hsa_lab.study.report import read_results, write_report
-from hsa_lab.study.run import Job, Settings, run_job
+from hsa_lab.study.run import OUTPUT, Job, Settings, run_job
 from hsa_lab.study.toy import make_toy_corpus
 
 
-def parse_arguments(words: list[str] | None):
+def parse_arguments(words: list[str] | None) -> Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
         "table", choices=[*TABLES, "report"], help="; ".join(f"{k}: {v.title}" for k, v in TABLES.items())
@@ -42,7 +43,7 @@ def parse_arguments(words: list[str] | None):
     parser.add_argument("--output", type=Path, default=Path("out/study"), help="folder of the results")
     parser.add_argument("--page", type=Path, default=Path("docs/study.md"), help="that `report` writes tables into")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no run and stop training after that"
+        "--minutes", type=float, default=float("inf"), help="begin no run that takes longer, and stop training then"
     )
     parser.add_argument("--shard", default="0/1", help="I/N: only every Nth of the runs, from number I on")
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that make batches")
@@ -61,7 +62,7 @@ def parse_arguments(words: list[str] | None):
     return arguments
 
 
-def find_jobs(arguments) -> list[Job]:
+def find_jobs(arguments: Namespace) -> list[Job]:
     """All runs of the table that can be made here, the cells of a seed after each other."""
     cells = TABLES[arguments.table].cells
     if unknown := set(arguments.cells or ()) - cells.keys():
@@ -83,10 +84,18 @@ def main(words: list[str] | None = None) -> None:
     jobs = find_jobs(arguments)
     done = [job for job in jobs if job.file(arguments.output).exists()]
     index, count = arguments.shard
-    left = [job for job in jobs if job not in done][index::count]
-    seconds = [sum(result["seconds"].values()) for result in read_results(arguments.output, arguments.table, jobs[:1])]
-    start, deadline = time.time(), time.time() + 60 * arguments.minutes
+    left = [job for job in jobs[index::count] if job not in done]
     print(f"Table {arguments.table}: {TABLES[arguments.table].title}. {len(done)} of {len(jobs)} runs are there.")
+    earlier = read_results(arguments.output, arguments.table, "toy" if arguments.toy else arguments.scale)
+    work(left, arguments, [sum(result["seconds"].values()) for result in earlier])
+
+
+def work(left: list[Job], arguments: Namespace, seconds: list[float]) -> None:
+    """
+    Makes the runs that are left, or only names them. `seconds`: that earlier ones took. Ends with an error, after all
+    others, where one failed; with the exit status 3 where time is up.
+    """
+    deadline, failed = time.time() + 60 * arguments.minutes, []
     corpus = make_toy_corpus(arguments.output) if arguments.toy and not arguments.list else arguments.corpus
     settings = Settings(corpus, arguments.output, arguments.device, arguments.workers, deadline, arguments.keep_models)
     for number, job in enumerate(left):
@@ -94,11 +103,23 @@ def main(words: list[str] | None = None) -> None:
         print(f"{len(left) - number} left{about}. {job.name}, seed {job.seed}", flush=True)
         if arguments.list:
             continue
-        if time.time() > deadline or (result := run_job(job, settings)) is None:
+        try:
+            is_late = time.time() + max(seconds, default=0.0) > deadline
+            result = None if is_late else run_job(job, settings)
+        except Exception as error:  # of one model, which should not cost the others their time
+            failed.append(job.name)
+            print(f"  failed: {error}. {job.folder(arguments.output) / OUTPUT} says where.", flush=True)
+            continue
+        if result is None:
             print("Time is up. The same command goes on.")
             sys.exit(3)
         seconds.append(sum(result["seconds"].values()))
-    print(f"Done in {(time.time() - start) / 60:.1f} minutes. Results are in {arguments.output}.")
+        speed = result["training"]["log"][-1]["tokens_per_s"]
+        print("  {training:.0f} s of training, {tests:.0f} s of tests".format(**result["seconds"]), end="")
+        print(f", {speed / 1e6:.2f}M tokens/s at the end, {result['training']['parameters']:,} parameters", flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed: {', '.join(failed)}.")
+    print(f"Results are in {arguments.output}.")
 
 
 if __name__ == "__main__":

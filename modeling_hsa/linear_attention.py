@@ -3,7 +3,7 @@ The kind of layers `linear_attention`: Mamba-2 (arXiv 2405.21060), with the para
 With HSA layers on top of them a model is a RAMba (arXiv 2504.16795).
 
 The PyTorch path of that mixer knows no documents that begin inside a row and needs memory that is quadratic in the
-length, so that the recurrence is in `scan.py`.
+length: the recurrence is in `scan.py`.
 """
 
 import math
@@ -165,7 +165,7 @@ class HSALinearAttention(nn.Module):
         position, real, documents = layout.share(("linear_attention",), lambda: _document_tokens(layout))
         # In fp32 also under autocast: rounding would add up in the state.
         with torch.autocast(projected.device.type, enabled=False):
-            convolved = F.silu(self.conv1d(self._with_earlier(inputs, layout, state), position))
+            convolved = F.silu(self.conv1d(self._with_earlier(inputs, layout, state), position)).to(inputs.dtype)
             x, B, C = convolved.split([self.channels, *[(self.conv_channels - self.channels) // 2] * 2], dim=-1)
             x = x.unflatten(-1, (-1, self.head_dim))
             B, C = (y.unflatten(-1, (-1, self.config.state_size)) for y in (B, C))
@@ -176,7 +176,7 @@ class HSALinearAttention(nn.Module):
             output, after = selective_scan(x, dt, -self.A_log.float().exp(), B, C, documents, before)
             if state is not None:
                 state.recurrence.store(after)
-            output = self.norm((output + x * self.D.float()[:, None]).flatten(2), gate)
+            output = self.norm((output + x.float() * self.D.float()[:, None]).flatten(2), gate)
         return self.out_proj(layout.restore(output.to(projected.dtype)))
 
     def _with_earlier(

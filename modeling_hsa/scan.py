@@ -1,15 +1,19 @@
 """
-The recurrence of Mamba-2 (arXiv 2405.21060) in plain PyTorch:
+The recurrence of Mamba-2 (arXiv 2405.21060):
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = h_t C_t
 
-Unlike the PyTorch path of Transformers it starts anew at documents that begin inside a row, continues from a state,
-and needs memory that is linear in the length. Within chunks of 64 tokens it is a masked matrix product, between chunks
-a second one, and blocks of 64 chunks follow each other.
+On a GPU by the kernels of `mamba_ssm`, where that is installed, else in plain PyTorch. Unlike the PyTorch path of
+Transformers this starts anew at documents that begin inside a row, continues from a state, and needs memory that is
+linear in the length. Within chunks of 64 tokens it is a masked matrix product, between chunks a second one, and blocks
+of 64 chunks follow each other.
 
 Names: b rows, L tokens, H heads of P channels, G groups of heads that share B and C, N the size of the state, c chunks
 of Q tokens.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +21,21 @@ from torch.nn import functional as F
 
 _CHUNK = 64  # tokens
 _BLOCK = 64 * _CHUNK  # tokens
+_KERNEL_CHUNK = 256  # tokens, as in Mamba-2
+
+
+@functools.cache
+def _load_kernel() -> Callable | None:
+    """The scan of `mamba_ssm`, or None."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    return mamba_chunk_scan_combined
+
+
+def _takes_kernel(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda" and not torch.compiler.is_compiling() and _load_kernel() is not None
 
 
 def selective_scan(
@@ -42,17 +61,27 @@ def selective_scan(
         y fp32 [b, L, H, P], and the state after the last token, fp32 [b, H, P, N].
     """
     batch, length, heads, channels = x.shape
+    if state is None:
+        state = torch.zeros(batch, heads, channels, B.shape[-1], device=x.device)
+    if documents is not None:
+        state = _continued(state, documents, 0)
+    if length > 1 and _takes_kernel(x):
+        output, state = _load_kernel()(
+            x, dt, A, B, C, chunk_size=_KERNEL_CHUNK, initial_states=state, return_final_states=True,
+            seq_idx=None if documents is None else documents.int(),
+        )  # fmt: skip
+        return output.float(), state.float()
     x, B, C = x.float() * dt[..., None], B.float(), C.float()
     decay = dt * A
-    if state is None:
-        state = x.new_zeros(batch, heads, channels, B.shape[-1])
     if length == 1:
-        return _step(x, decay, B, C, documents, state)
+        return _step(x, decay, B, C, state)
     before = None if documents is None else documents.new_zeros(batch)  # the document that the state is of
     outputs = []
     for start in range(0, length, _BLOCK):
         tokens = slice(start, start + _BLOCK)
         in_block = None if documents is None else documents[:, tokens]
+        if start and documents is not None:
+            state = _continued(state, in_block, before[:, None])
         inputs = (value[:, tokens] for value in (x, decay, B, C))
         output, state = _scan_block(*inputs, in_block, before, state)
         before = None if documents is None else in_block[:, -1]
@@ -60,14 +89,16 @@ def selective_scan(
     return torch.cat(outputs, dim=1), state
 
 
-def _step(x, decay, B, C, documents, state) -> tuple[torch.Tensor, torch.Tensor]:
+def _continued(state: torch.Tensor, documents: torch.Tensor, document) -> torch.Tensor:
+    """The state [b, ...] where its document goes on, else zeros: it may hold anything, also NaN."""
+    return torch.where((documents == document).any(1)[:, None, None, None], state, 0.0)
+
+
+def _step(x, decay, B, C, state) -> tuple[torch.Tensor, torch.Tensor]:
     """One token, `x` being dt x and `decay` dt A."""
     ratio = x.shape[2] // B.shape[2]
     B, C = (value[:, 0].repeat_interleave(ratio, dim=1) for value in (B, C))  # [b, H, N]
-    kept = state * decay[:, 0].exp()[..., None, None]
-    if documents is not None:
-        kept = torch.where((documents == 0)[..., None, None], kept, 0.0)
-    state = kept + x[:, 0, ..., None] * B[:, :, None]
+    state = state * decay[:, 0].exp()[..., None, None] + x[:, 0, ..., None] * B[:, :, None]
     return (state @ C[..., None])[..., 0][:, None], state
 
 
@@ -87,8 +118,6 @@ def _scan_block(x, decay, B, C, documents, before, state) -> tuple[torch.Tensor,
     else:
         # As a matrix product, so that no rounding of the gradient reaches another document.
         total = (masks.inside[:, :, 0].float() @ decay).transpose(2, 3)
-        # What is dropped may hold anything, also NaN.
-        state = torch.where((documents == before[:, None]).any(1)[:, None, None, None], state, 0.0)
 
     # Inside the chunks: [b, c, H, Q, Q].
     weights = _masked_exp(total[..., :, None] - total[..., None, :], masks.inside)

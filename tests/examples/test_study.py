@@ -11,7 +11,7 @@ from configuration_hsa import HSAConfig
 from hsa_lab.study import report
 from hsa_lab.study.cells import SCALES, TABLES
 from hsa_lab.study.models import MODELS, REFERENCE, TOLERANCE, count_parameters, make_fields, missing
-from hsa_lab.study.run import Job, emergence
+from hsa_lab.study.run import Job, Settings, emergence, run_job
 from hsa_lab.training.recipe import read_recipe
 from tests.commands import REPOSITORY
 
@@ -138,15 +138,34 @@ def test_what_is_there_is_not_run_again(toy, capsys):
     assert {file: file.stat().st_mtime_ns for file in (toy / "e-toy").glob("*.json")} == before
 
 
-def test_a_run_whose_time_is_up_goes_on(tmp_path, capsys):
-    words = ["a", "--toy", "--cells", "1 layers, cls, bypass", *options(tmp_path)]
+def test_no_run_begins_that_would_take_too_long(toy, capsys):
     with pytest.raises(SystemExit):
-        study.main([*words, "--minutes", "0"])
-    assert "Time is up" in capsys.readouterr().out
-    job = Job("a", "1 layers, cls, bypass", 0, "toy")
-    assert not job.file(tmp_path).exists()
-    study.main(words)
-    assert json.loads(job.file(tmp_path).read_text())["training"]["tokens"] == 2048
+        study.main(["e", "--toy", "--cells", "hsa", "--minutes", "0.001", *options(toy)])
+    assert "1 left, about" in (printed := capsys.readouterr().out) and "Time is up" in printed
+
+
+def test_training_that_was_stopped_goes_on(toy, tmp_path):
+    job = Job("a", "0 layers, mean, standard", 0, "toy")
+    settings = {"corpus": toy / "toy-corpus", "output": tmp_path, "device": "cpu", "workers": 0}
+    assert run_job(job, Settings(**settings, deadline=0.0)) is None
+    assert (job.folder(tmp_path) / "model" / "checkpoint-1").is_dir()
+    result = run_job(job, Settings(**settings))
+    assert [entry["tokens"] for entry in result["training"]["log"]] == [512, 1024, 1536, 2048]
+    assert not job.folder(tmp_path).exists()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    def fail(job, settings):
+        if "mean" in job.name:
+            raise RuntimeError("no luck")
+        return {"seconds": {"training": 1, "tests": 1}, "training": {"log": [{"tokens_per_s": 1e6}], "parameters": 7}}
+
+    monkeypatch.setattr(study, "run_job", fail)
+    monkeypatch.setattr(study, "make_toy_corpus", lambda folder: folder)
+    with pytest.raises(ValueError, match="1 runs failed: 1 layers, mean, bypass"):
+        study.main(["a", "--toy", "--cells", "1 layers, mean, bypass", "1 layers, cls, bypass", *options(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "failed: no luck" in printed and "1.00M tokens/s at the end, 7 parameters" in printed
 
 
 def test_shards_share_the_runs(tmp_path, capsys):

@@ -7,11 +7,11 @@ import torch
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from modeling_hsa import HSACache
+from modeling_hsa import HSACache, scan
 from modeling_hsa.layout import build_layout
 from modeling_hsa.linear_attention import HSALinearAttention
 from modeling_hsa.scan import selective_scan
-from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, relative_error
+from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, relative_error, run_without_the_package
 from tests.models import make_variant, tiny_config
 from tests.rows import Rows, random_ids, read
 
@@ -49,8 +49,8 @@ def test_the_scan_is_the_recurrence(length, packed, continued):
     state = torch.randn(3, 4, 5, 6, requires_grad=True) if continued else None
     given = [*inputs, state] if continued else inputs
     gradients, results = [], []
-    for scan in (selective_scan, step_by_step):
-        output, after = scan(*inputs, documents, state)
+    for function in (selective_scan, step_by_step):
+        output, after = function(*inputs, documents, state)
         results.append((output, after))
         gradients.append(torch.autograd.grad(output.double().square().sum() + after.double().sum(), given))
     for actual, expected in zip(results[0] + gradients[0], results[1] + gradients[1]):
@@ -88,6 +88,46 @@ def test_the_state_of_an_earlier_document_may_hold_nan():
             assert relative_error(one, expected) <= SAME_ARITHMETIC
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_kernels_of_mamba_are_asked_for_the_same(packed, monkeypatch):
+    """A stand-in with the arguments of `mamba_chunk_scan_combined`, whose documents are counted from 0, too."""
+    asked = []
+
+    def kernel(x, dt, A, B, C, chunk_size, initial_states, return_final_states, seq_idx):
+        asked.append(chunk_size)
+        assert return_final_states and (seq_idx is not None) == packed
+        assert seq_idx is None or seq_idx.dtype == torch.int32
+        return step_by_step(x, dt, A, B, C, seq_idx, initial_states)
+
+    inputs, state = scan_inputs(130), torch.randn(3, 4, 5, 6)
+    documents = (torch.rand(3, 130) < 0.02).long().cumsum(1) if packed else None
+    expected = selective_scan(*inputs, documents, state)
+    monkeypatch.setattr(scan, "_load_kernel", lambda: kernel)
+    monkeypatch.setattr(scan, "_takes_kernel", lambda x: True)
+    for one, other in zip(selective_scan(*inputs, documents, state), expected):
+        assert one.dtype == torch.float32
+        assert relative_error(one, other) <= OTHER_ORDER
+    assert asked == [256]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_kernels_of_mamba_give_the_same(packed, monkeypatch):
+    pytest.importorskip("mamba_ssm")
+    x, B, C = (torch.randn(2, 700, n, m, device="cuda", requires_grad=True) for n, m in ((4, 64), (1, 32), (1, 32)))
+    dt = torch.rand(2, 700, 4, device="cuda").mul(0.3).requires_grad_()
+    A, state = -torch.arange(1.0, 5.0, device="cuda"), torch.randn(2, 4, 64, 32, device="cuda")
+    documents = (torch.rand(2, 700, device="cuda") < 0.01).long().cumsum(1) if packed else None
+    results = []
+    for takes in (True, False):
+        monkeypatch.setattr(scan, "_takes_kernel", lambda x, takes=takes: takes)
+        output, after = selective_scan(x, dt, A, B, C, documents, state)
+        gradients = torch.autograd.grad(output.square().sum() + after.sum(), (x, dt, B, C))
+        results.append((output, after, *gradients))
+    for one, other in zip(*results):
+        assert relative_error(one, other) <= 1e-2  # the kernels take TF32
+
+
 @torch.no_grad()
 def test_the_mixer_is_that_of_transformers():
     config = tiny_config(layer_types=["linear_attention"], state_size=8, mamba_head_dim=16)
@@ -103,6 +143,35 @@ def test_the_mixer_is_that_of_transformers():
     hidden_states = torch.randn(2, 150, 32)
     layout = build_layout(2, 150, hidden_states.device, chunk_size=16)
     assert relative_error(ours(hidden_states, layout), theirs.eval()(hidden_states)) <= OTHER_ORDER
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_its_state_is_kept_in_fp32(dtype):
+    """Also under autocast: rounding would add up over the tokens."""
+    exact, ids = make_variant("linear_attention_only"), random_ids(1, 200)
+    expected, _ = read(exact, ids, [200])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = [read(exact, ids, [100, 1, 99])]
+    results.append(read(make_variant("linear_attention_only").to(dtype), ids, [100, 1, 99]))
+    for logits, cache in results:
+        assert all(layer.recurrence.value.dtype == torch.float32 for layer in cache.layers)
+        assert relative_error(logits, expected) < 0.05
+
+
+def test_it_loads_without_the_package(tmp_path):
+    model, ids = make_variant("ramba"), torch.arange(70)[None] % 99
+    model.save_pretrained(tmp_path)
+    code = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True).eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(70)[None] % 99).logits, "logits.pt")
+"""
+    run_without_the_package(code, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
 
 
 def test_it_starts_as_mamba_2_does():

@@ -1,7 +1,7 @@
 """
 The tables of the study as data: a cell is a model, with what is changed of it, of its training or of its tests.
 
-Every cell is trained on the same rows as the others of its table, 60M tokens in all: rows of 512 and of 1,024 tokens,
+Every cell is trained on the same rows as the others of its table, 56M tokens in all: rows of 512 and of 1,024 tokens,
 in which every chunk is retrieved, then rows of 4,096 with the `chunk_topk` of the cell. All models of a scale are as
 large as its reference to 2 %.
 """
@@ -52,7 +52,7 @@ class Scale:
         learning_rate: of the optimizer.
         tokens: that the three stages train on.
         lengths: of their rows.
-        batch_tokens: of a batch.
+        batch_tokens: of their batches.
         samples: of each retrieval task, by multiple of the last length.
         text_lengths: of context, for the perplexity.
         windows: of text, for the perplexity.
@@ -63,9 +63,9 @@ class Scale:
 
     base: dict
     learning_rate: float = 0.003
-    tokens: tuple[int, int, int] = (24_000_000, 8_000_000, 28_000_000)
+    tokens: tuple[int, int, int] = (16_000_000, 8_000_000, 32_000_000)
     lengths: tuple[int, int, int] = (512, 1024, 4096)
-    batch_tokens: int = 65536
+    batch_tokens: tuple[int, int, int] = (32768, 32768, 65536)
     samples: dict[int, int] = field(default_factory=lambda: {1: 64, 4: 32, 16: 16, 64: 8, 256: 4})
     text_lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
     windows: int = 64
@@ -86,6 +86,14 @@ SCALES = {
            "retrieval_dim": 256},
         learning_rate=0.002,
     ),
+    # A hundredth of the training, and one sample each: how long a run takes, and whether it fits.
+    "short": Scale(
+        REFERENCE,
+        tokens=(1 << 18, 1 << 18, 1 << 18),
+        samples=dict.fromkeys(MULTIPLES, 1),
+        windows=4,
+        log_every=2,
+    ),
     # Nothing is learned: it shows that every part runs.
     "toy": Scale(
         REFERENCE
@@ -93,7 +101,7 @@ SCALES = {
            "state_size": 16, "mamba_head_dim": 16, "vocab_size": 400},
         tokens=(512, 512, 1024),
         lengths=(256, 256, 512),
-        batch_tokens=512,
+        batch_tokens=(512, 512, 512),
         samples=dict.fromkeys(MULTIPLES, 1),
         text_lengths=(64, 256),
         windows=2,
@@ -115,7 +123,7 @@ def make_stages(cell: Cell, scale: Scale, chunk_size: int) -> list[dict]:
     stages = []
     for i, (length, tokens) in enumerate(zip(scale.lengths, scale.tokens)):
         stage = {
-            "name": ("short", "middle", "long")[i], "length": length, "batch_tokens": scale.batch_tokens,
+            "name": ("short", "middle", "long")[i], "length": length, "batch_tokens": scale.batch_tokens[i],
             "most_tokens": tokens, "retrieval_weight": 0.5,
             "mixture": [dict(task) for task in (_TEXT if cell.text_only else mixtures[i])],
         }  # fmt: skip

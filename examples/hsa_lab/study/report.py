@@ -3,22 +3,19 @@
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from ..plots import SMALL, draw_band, length_ticks, panels
 from ..results import interval, short, wilson
 from .cells import TABLES
-from .run import Job
 
 
 NONE = "–"
 
 
-def read_results(folder: Path, table: str, jobs: Sequence[Job] = (), scale: str | None = None) -> list[dict]:
-    """The results of all runs of a table at a scale: that of the first of `jobs`, or `scale`."""
-    scale = jobs[0].scale_name if jobs else scale
+def read_results(folder: Path, table: str, scale: str) -> list[dict]:
+    """The results of all runs of a table at a scale."""
     files = sorted((folder / f"{table}-{scale}").glob("*.json"))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
@@ -33,7 +30,7 @@ def write_report(folder: Path, page: Path) -> None:
         found = {}
         for results_folder in sorted(folder.glob(f"{table}-*")):
             scale = results_folder.name.removeprefix(f"{table}-")
-            if scale != "toy" and (results := read_results(folder, table, scale=scale)):
+            if scale not in ("toy", "short") and (results := read_results(folder, table, scale)):
                 found[scale] = results
         parts = []
         for scale, results in found.items():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import time
+import traceback
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from .cells import SCALES, TABLES, Cell, Scale, Table, make_stages
 from .models import MODELS, make_fields
 
 
+OUTPUT = "output.txt"  # of training and evaluations, in the folder of a run
 SEGMENT = 65536  # tokens read at a time
 BATCH = 4 * SEGMENT  # tokens of samples that are scored at a time
 LAST = 255  # tokens at the end of a window whose loss is measured: of the shortest one, all that have a context
@@ -62,6 +64,10 @@ class Job:
         stages = make_stages(self.cell, self.scale, fields.get("chunk_size", 64))
         return {"model": fields, "optimizer": optimizer, "stages": stages}
 
+    def folder(self, folder: Path) -> Path:
+        """What it works in, in the folder of all results."""
+        return self.file(folder).with_suffix("")
+
     def file(self, folder: Path) -> Path:
         """Where its results are, in the folder of all results."""
         name = "".join(c if c.isalnum() or c in "-." else "_" for c in self.name)
@@ -93,20 +99,22 @@ def run_job(job: Job, settings: Settings) -> dict | None:
 
     Returns: the results, or None where time was up.
     """
-    file = job.file(settings.output)
-    folder = file.with_suffix("")
+    folder = job.folder(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "recipe.json", job.recipe())
     start = time.time()
-    with open(folder / "output.txt", "a") as output, contextlib.redirect_stdout(output):
+    with open(folder / OUTPUT, "a") as output, contextlib.redirect_stdout(output):
         with contextlib.redirect_stderr(output):  # of progress bars
-            training = train(job, settings, folder)
-            if training is None:
-                return None
-            trained = time.time()
-            tests = {
-                name: try_out(job, settings, folder, name, changes) for name, changes in job.cell.all_tests().items()
-            }
+            try:
+                training = train(job, settings, folder)
+                if training is None:
+                    return None
+                trained = time.time()
+                names = job.cell.all_tests()
+                tests = {name: try_out(job, settings, folder, name, changes) for name, changes in names.items()}
+            except Exception:
+                traceback.print_exc()
+                raise
     results = {
         **provenance(),
         "table": job.table_name,
@@ -118,7 +126,7 @@ def run_job(job: Job, settings: Settings) -> dict | None:
         "tests": tests,
         "seconds": {"training": trained - start, "tests": time.time() - trained},
     }
-    write_json(file, results)
+    write_json(job.file(settings.output), results)
     if not settings.keeps_models:
         shutil.rmtree(folder)
     return results
