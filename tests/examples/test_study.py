@@ -5,23 +5,23 @@ import math
 
 import pytest
 import study
+import torch
 from transformers import AutoConfig
 
 from configuration_hsa import HSAConfig
-from hsa_lab.study import report
+from hsa_lab.study import nsa, report
 from hsa_lab.study.cells import SCALES, TABLES
 from hsa_lab.study.models import MODELS, REFERENCE, TOLERANCE, count_parameters, make_fields, missing
 from hsa_lab.study.run import Job, Settings, emergence, run_job
 from hsa_lab.training.recipe import read_recipe
+from modeling_hsa import window
 from tests.commands import REPOSITORY
+from tests.helpers import attend, attend_sequences, relative_error
 
 
-OURS = [name for name, model in MODELS.items() if model.needs is None]
+OURS = [name for name, model in MODELS.items() if not model.is_nsa]
 CELLS = [
-    (table, name)
-    for table, of in TABLES.items()
-    for name, cell in of.cells.items()
-    if MODELS[cell.model].needs is None
+    (table, name) for table, of in TABLES.items() for name, cell in of.cells.items() if not MODELS[cell.model].is_nsa
 ]
 
 
@@ -60,6 +60,18 @@ def test_models_are_of_the_layers_that_they_say():
 def test_what_cannot_be_made_is_left_out_with_a_word(capsys, tmp_path):
     study.main(["e", "--list", "--cells", "nsa", "window", "--output", str(tmp_path)])
     assert ("nsa is left out: it needs" in capsys.readouterr().out) == (missing(MODELS["nsa"]) is not None)
+
+
+def test_the_window_of_nsa_is_that_of_flash_attention(monkeypatch):
+    query, key, value = torch.randn(2, 5, 4, 8), torch.randn(2, 9, 1, 8), torch.randn(2, 9, 1, 8)
+    monkeypatch.setattr(
+        window, "_varlen_attn",
+        lambda *tensors, scale, window_size: attend_sequences(*tensors, scale, False, (window_size[0], 0)),
+    )  # fmt: skip
+    output = nsa.window_attention(query, key, value, causal=True, window_size=(2, 0))
+    for row in range(2):
+        expected = attend(query[row], key[row], value[row], None, True, (2, 0))
+        assert relative_error(output[row], expected) <= 1e-5
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ weights and the code that trains and reads them. All are as large as the referen
 names as `sized_by` is set so.
 """
 
-import importlib.util
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_hsa  # noqa: F401  # registers HSA models with the Auto classes
+
+from . import nsa
 
 
 # 9.6M parameters; 4 layers below the chunk encoder, and 2 groups of 2 above it with an HSA layer each.
@@ -43,7 +44,6 @@ class Model:
         sized_by: the field that makes it as large as the reference.
         longest: the longest text that it is tried on, in lengths of training; attention to everything is quadratic.
         tests: how it is tried, by name: fields that are changed after training.
-        needs: a package that has to be installed, and a GPU with it.
     """
 
     what: str
@@ -51,7 +51,11 @@ class Model:
     sized_by: str = "intermediate_size"
     longest: int = 256
     tests: dict[str, dict] = field(default_factory=lambda: {"": {}})
-    needs: str | None = None
+
+    @property
+    def is_nsa(self) -> bool:
+        """Of another family, to which the fields of HSA mean nothing, and which not every machine can run."""
+        return self.fields.get("model_type") == "nsa"
 
 
 def _yarn(factor: float, length: int = 4096) -> dict:
@@ -102,7 +106,6 @@ MODELS = {
             "window_size": 128, "tie_word_embeddings": True, "max_position_embeddings": 4096, "vocab_size": 4096,
         },
         longest=16,
-        needs="fla",
     ),
     "hsa 16:1": Model(
         "HSA with the heads of NSA.",
@@ -114,15 +117,13 @@ MODELS = {
 
 
 def missing(model: Model) -> str | None:
-    """Why the model cannot be made here, or None."""
-    if model.needs is None:
+    """Why the model cannot be made here, or None, after which the Auto classes know it."""
+    if not model.is_nsa:
         return None
-    if importlib.util.find_spec(model.needs) is None:
-        return f"it needs the package {model.needs!r}, which is not installed"
-    if not torch.cuda.is_available():
-        return f"the kernels of {model.needs!r} need a GPU"
-    importlib.import_module(f"{model.needs}.models")  # registers its models with the Auto classes
-    return None
+    reason = nsa.obstacle()
+    if reason is None:
+        nsa.register()
+    return reason
 
 
 def count_parameters(fields: dict) -> int:
@@ -138,8 +139,7 @@ def make_fields(model: Model, base: dict, changes: dict | None = None, is_sized:
 
     Raises: ValueError where no value of that field makes them as many, to 2 %.
     """
-    own = "model_type" in model.fields  # another family, to which the fields of HSA mean nothing
-    fields = {**({} if own else base), **model.fields, **(changes or {})}
+    fields = {**({} if model.is_nsa else base), **model.fields, **(changes or {})}
     if not is_sized:
         return fields
     wanted, count = count_parameters(base), partial(_with, fields, model.sized_by)
