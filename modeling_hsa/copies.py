@@ -3,7 +3,7 @@ Two copies of one class: a model that was loaded from the Hub with its code has 
 package, which `isinstance` tells apart. What is the same in both is accepted for the other.
 """
 
-CACHE_FORMAT = 1  # to be raised with every change of what a model calls or reads of a cache
+CACHE_FORMAT = 2  # to be raised with every change of what a model calls or reads of a cache
 
 
 def is_hsa_config(config) -> bool:

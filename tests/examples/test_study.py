@@ -6,6 +6,7 @@ import math
 import pytest
 import study
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from configuration_hsa import HSAConfig
@@ -164,6 +165,15 @@ def test_training_that_was_stopped_goes_on(toy, tmp_path):
     result = run_job(job, Settings(**settings))
     assert [entry["tokens"] for entry in result["training"]["log"]] == [512, 1024, 1536, 2048]
     assert not job.folder(tmp_path).exists()
+
+
+@pytest.mark.parametrize("deviation", [0.0, 1.0])
+def test_the_deviation_of_a_cell_is_what_it_starts_with(deviation, toy, tmp_path):
+    job = Job("a", f"CLS of deviation {deviation:g}", 0, "toy")
+    settings = {"corpus": toy / "toy-corpus", "output": tmp_path, "device": "cpu", "workers": 0}
+    assert run_job(job, Settings(**settings, deadline=0.0)) is None  # after one batch, whose learning rate is small
+    weights = load_file(job.folder(tmp_path) / "model" / "model.safetensors")
+    assert weights["model.chunk_encoder.cls_token"].std() == pytest.approx(deviation, abs=0.3)
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):

@@ -21,6 +21,7 @@ class Cell:
         model: of `MODELS`.
         fields: of its configuration, changed.
         stages: fields of every stage of training, changed; "length", of rows, only of the last.
+        deviations: of parameters at the start, by name, away from that of the model.
         tests: how it is tried, by name: fields that are changed after training. By default those of the model.
         text_only: trained on text without retrieval tasks, and tried on text.
         scale: of `SCALES`; by default that of the command.
@@ -29,6 +30,7 @@ class Cell:
     model: str = "hsa"
     fields: dict = field(default_factory=dict)
     stages: dict = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
     tests: dict[str, dict] | None = None
     text_only: bool = False
     scale: str | None = None
@@ -164,12 +166,17 @@ _LONG = [
 
 
 def _principles() -> dict[str, Cell]:
-    """Encoder depth x landmark x residual; without an encoder there is no CLS."""
+    """
+    Encoder depth x landmark x residual, where without an encoder there is no CLS; and CLS tokens that start at zero or
+    large, instead of with the deviation 0.02.
+    """
     cells = {}
     for depth, landmark in ((1, "cls"), (1, "mean"), (0, "mean"), (2, "cls"), (2, "mean")):
         for residual in ("bypass", "standard"):
             fields = {"num_encoder_layers": depth, "chunk_landmark": landmark, "hsa_residual": residual}
             cells[f"{depth} layers, {landmark}, {residual}"] = Cell(fields=fields)
+    for deviation in (0.0, 1.0):
+        cells[f"CLS of deviation {deviation:g}"] = Cell(deviations={"model.chunk_encoder.cls_token": deviation})
     return cells
 
 

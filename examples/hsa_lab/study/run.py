@@ -142,6 +142,9 @@ def train(job: Job, settings: Settings, folder: Path) -> dict | None:
     )  # fmt: skip
     run = Run(arguments)
     parameters = run.model.num_parameters()
+    if run.state["tokens"] == 0:
+        for name, deviation in job.cell.deviations.items():
+            torch.nn.init.normal_(run.model.get_parameter(name), std=deviation)
     run.run()
     if run.state["stage"] < len(run.recipe["stages"]):
         return None
