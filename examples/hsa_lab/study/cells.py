@@ -103,7 +103,7 @@ SCALES = {
            "state_size": 16, "mamba_head_dim": 16, "vocab_size": 400},
         tokens=(512, 512, 1024),
         lengths=(256, 256, 512),
-        batch_tokens=(512, 512, 512),
+        batch_tokens=(512, 512, 1024),
         samples=dict.fromkeys(MULTIPLES, 1),
         text_lengths=(64, 256),
         windows=2,
