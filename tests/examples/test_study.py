@@ -261,6 +261,16 @@ def test_seeds_that_agree_have_the_interval_of_their_samples(tmp_path):
     assert row["high"] == 1.0 and 0.9 < row["low"] < 1.0
 
 
+def test_what_did_not_fit_into_memory_is_left_out():
+    result = made_up("1 layers, cls, bypass", 0, 1.0, 3.0)
+    test = result["tests"][""]
+    test["retrieval"][2:] = [{"task": "vt", "length": 16384, "error": "out of memory"}]
+    test["text"] = [{"task": "last", "length": 256, "error": "out of memory"}]
+    lines = report.combine("a", [result])
+    assert [row["length"] for row in lines["1 layers, cls, bypass"]["retrieval"]] == [4096]
+    assert report.markdown(lines).splitlines()[-1] == "| 1 layers, cls, bypass (1) | – |"
+
+
 def test_a_page_without_a_place_is_refused(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing")

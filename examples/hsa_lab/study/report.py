@@ -156,8 +156,9 @@ def _text_cells(name: str, line: dict, lengths: list[int]) -> list[str]:
         loss = rows[length]["loss"] if length in rows else None
         spread = "" if loss is None or loss["low"] is None else f" ± {_half_width(loss):.1f}"
         cells.append(NONE if loss is None else f"{math.exp(loss['mean']):.1f}{spread}")
-    bits = [rows[length]["bits_per_byte"] for length in (min(rows), max(rows))]
-    return [*cells, f"{bits[0] - bits[1]:.3f}"]
+    if not rows:
+        return [*cells, NONE]
+    return [*cells, f"{rows[min(rows)]['bits_per_byte'] - rows[max(rows)]['bits_per_byte']:.3f}"]
 
 
 def _half_width(loss: dict) -> float:
