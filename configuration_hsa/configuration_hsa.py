@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # 
 
 
 # The kinds of decoder layers. Window and full attention rotate by the same `rope_parameters`.
-LAYER_TYPES = ("sliding_attention", "full_attention", "hsa")
+LAYER_TYPES = ("sliding_attention", "full_attention", "linear_attention", "hsa")
 # The short form of the paper's pattern of layers, and its setting.
 _LAYER_COUNTS = {"num_lower_layers": 8, "num_upper_layers": 6, "num_upper_groups": 2}
 # Fields that are as another one where they are left out.
@@ -29,6 +29,7 @@ _FOLLOWERS = {
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _HSA_FIELD_PREFIXES = (
     "chunk_", "hsa_", "retrieval_", "num_retrieval", "num_lower", "num_upper", "num_encoder", "encoder_", "landmark_",
+    "mamba_",
 )  # fmt: skip
 _NEWER = " If the configuration was written by a newer version of HSA for Transformers, upgrade the package."
 
@@ -123,9 +124,9 @@ class HSAConfig(PreTrainedConfig):
             Groups of the upper decoder. Each starts with one HSA layer, so that the decoder has
             `num_hidden_layers = num_lower_layers + num_upper_layers + num_upper_groups` layers.
         layer_types (`list[str]`, *optional*):
-            The kind of every decoder layer: `"sliding_attention"`, `"full_attention"` or `"hsa"`. Derived from the
-            three fields above by default, and instead of them where the pattern is another one. Without an HSA layer
-            the model has no chunk encoder.
+            The kind of every decoder layer: `"sliding_attention"`, `"full_attention"`, `"linear_attention"` (Mamba-2)
+            or `"hsa"`. Derived from the three fields above by default, and instead of them where the pattern is
+            another one. Without an HSA layer the model has no chunk encoder.
         chunk_encoder_layer (`int`, *optional*):
             The chunk encoder reads the output of the first so many layers, `layers[:chunk_encoder_layer]`. At most,
             and by default, the index of the first HSA layer. None without HSA layers.
@@ -144,8 +145,9 @@ class HSAConfig(PreTrainedConfig):
         chunk_topk (`int`, *optional*, defaults to 8):
             Chunks each token retrieves. A small number in training is what makes the model extrapolate (section 4).
         chunk_landmark (`str`, *optional*, defaults to `"cls"`):
-            What the landmark of a chunk is made from: `"cls"`, a learned token encoded with the chunk, or `"mean"`,
-            the mean of its encoded tokens.
+            What the landmark of a chunk is made from: `"cls"`, a learned token encoded with the chunk; `"mean"`, the
+            mean of its encoded tokens; or `"mass"`, the attention of the former to the keys of the chunk, so that the
+            score is a lower bound of the log of the chunk's attention mass.
         chunk_weighting (`str`, *optional*, defaults to `"softmax"`):
             How the retrieved chunks are weighted: `"softmax"` of the retrieval scores, `"stick_breaking"` over them
             from the nearest chunk on, or `"joint"`, one softmax over all retrieved tokens (the scores then get no
@@ -171,7 +173,8 @@ class HSAConfig(PreTrainedConfig):
         num_retrieval_heads (`int`, *optional*, defaults to 1):
             Independent selections per token. Each serves `num_attention_heads / num_retrieval_heads` query heads.
         retrieval_dim (`int`, *optional*, defaults to 256):
-            Size of a landmark and of a retrieval query, per retrieval head.
+            Size of a landmark and of a retrieval query, per retrieval head. With `chunk_landmark="mass"` it must be
+            `head_dim + 1`.
         retrieval_stride (`int`, *optional*, defaults to 1):
             Tokens per retrieval: the tokens of a stride share the selection of its first token.
         retrieval_distance_penalty (`float`, *optional*, defaults to 0.0):
@@ -186,6 +189,19 @@ class HSAConfig(PreTrainedConfig):
         hsa_qk_norm (`bool`, *optional*):
             Whether the queries of the HSA layers and the keys of the chunk memory are RMS-normalised per head.
             Defaults to `qk_norm`.
+        full_attention_rope (`bool`, *optional*, defaults to `True`):
+            Whether queries and keys of full attention are rotated; without, they have no position.
+        state_size (`int`, *optional*, defaults to 128):
+            Size of the state of a channel of the linear attention. This field and the four below are those of
+            Mamba-2.
+        conv_kernel (`int`, *optional*, defaults to 4):
+            Tokens that its convolution sees.
+        expand (`int`, *optional*, defaults to 2):
+            Its channels, as a multiple of `hidden_size`.
+        n_groups (`int`, *optional*, defaults to 1):
+            Groups of its heads, which share what is written to and read from the state.
+        mamba_head_dim (`int`, *optional*, defaults to 64):
+            Channels of one of its heads.
         hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation of the MLPs.
         max_position_embeddings (`int`, *optional*, defaults to 4096):
@@ -274,7 +290,7 @@ class HSAConfig(PreTrainedConfig):
     sliding_window: int = _integer(512)
     chunk_size: int = _integer(64, 16)
     chunk_topk: int = _integer(8)
-    chunk_landmark: str = _choice("cls", "mean")
+    chunk_landmark: str = _choice("cls", "mean", "mass")
     chunk_weighting: str = _choice("softmax", "stick_breaking", "joint")
     num_encoder_layers: int = _integer(1, 0)
     encoder_intermediate_size: int | None = _integer(None)
@@ -291,6 +307,12 @@ class HSAConfig(PreTrainedConfig):
     landmark_norm: bool = _switch(False)
     qk_norm: bool = _switch(True)
     hsa_qk_norm: bool | None = _switch(None)
+    full_attention_rope: bool = _switch(True)
+    state_size: int = _integer(128)
+    conv_kernel: int = _integer(4, 2)
+    expand: int = _integer(2)
+    n_groups: int = _integer(1)
+    mamba_head_dim: int = _integer(64)
     hidden_act: str = _field(
         "silu", lambda x: isinstance(x, str) and x in ACT2FN, "an activation of Transformers such as 'silu' or 'gelu'"
     )
@@ -427,6 +449,11 @@ class HSAConfig(PreTrainedConfig):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @property
+    def retrieval_query_dim(self) -> int:
+        """What the projections of retrieval make, per retrieval head."""
+        return self.head_dim if self.chunk_landmark == "mass" else self.retrieval_dim
+
+    @property
     def hsa_layers(self) -> list[bool]:
         """For each of the `num_hidden_layers` decoder layers, whether it is an HSA layer."""
         return [kind == "hsa" for kind in self.layer_types]
@@ -517,18 +544,50 @@ class HSAConfig(PreTrainedConfig):
                 f"One of `hsa_num_key_value_heads` ({self.hsa_num_key_value_heads}) and `num_retrieval_heads` "
                 f"({self.num_retrieval_heads}) must divide the other."
             )
-        if self.num_encoder_layers == 0 and self.chunk_landmark == "cls":
+        if self.chunk_landmark == "mass":
+            self._validate_mass_landmarks()
+        if self.num_encoder_layers == 0 and self.chunk_landmark != "mean":
             raise ValueError(
-                "`chunk_landmark='cls'` needs `num_encoder_layers` of at least 1: without an encoder the CLS token is "
-                "the same for every chunk. Use `chunk_landmark='mean'`, or add an encoder layer."
+                f"`chunk_landmark={self.chunk_landmark!r}` needs `num_encoder_layers` of at least 1: without an "
+                "encoder the CLS token is the same for every chunk. Use `chunk_landmark='mean'`, or add an encoder "
+                "layer."
             )
         if self.hsa_intermediate_size == 0 and self.hsa_residual == "bypass":
             raise ValueError(
                 "`hsa_intermediate_size=0` needs `hsa_residual='standard'`: with 'bypass' what is retrieved goes "
                 "through the MLP only, and would not reach the stream. Use 'standard', or a width of at least 1."
             )
+        if "linear_attention" in self.layer_types:
+            self._validate_linear_attention()
         self._validate_token_ids()
         self._validate_rope()
+
+    def _validate_mass_landmarks(self) -> None:
+        if self.retrieval_dim != self.head_dim + 1:
+            raise ValueError(
+                f"`chunk_landmark='mass'` needs a `retrieval_dim` of `head_dim` + 1 ({self.head_dim + 1}), got "
+                f"{self.retrieval_dim}: a landmark is a mean of keys and an entropy."
+            )
+        if self.num_retrieval_heads % self.hsa_num_key_value_heads:
+            raise ValueError(
+                f"`chunk_landmark='mass'` needs `num_retrieval_heads` ({self.num_retrieval_heads}) to be a multiple "
+                f"of `hsa_num_key_value_heads` ({self.hsa_num_key_value_heads}): a landmark is for the keys of one."
+            )
+        if self.landmark_norm:
+            raise ValueError("`chunk_landmark='mass'` does not go with `landmark_norm`, which would undo the mass.")
+
+    def _validate_linear_attention(self) -> None:
+        channels = self.expand * self.hidden_size
+        if channels % self.mamba_head_dim:
+            raise ValueError(
+                f"`mamba_head_dim` ({self.mamba_head_dim}) must divide the channels of the linear attention, `expand` "
+                f"times `hidden_size` ({channels})."
+            )
+        if (heads := channels // self.mamba_head_dim) % self.n_groups:
+            raise ValueError(
+                f"`n_groups` ({self.n_groups}) must divide the heads of the linear attention, `expand` times "
+                f"`hidden_size` by `mamba_head_dim` ({heads})."
+            )
 
     def _validate_token_ids(self) -> None:
         for name in _SPECIAL_TOKENS:

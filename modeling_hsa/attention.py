@@ -19,6 +19,7 @@ class HSAAttention(nn.Module):
     """Queries, keys and values with QK-norm and RoPE; what they see is up to the subclass."""
 
     is_causal: bool
+    rotates = True
 
     def __init__(self, config: HSAConfig, bias: bool, output_bias: bool, layer_idx: int | None = None):
         super().__init__()
@@ -40,7 +41,8 @@ class HSAAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.rotates:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
 
     @property
@@ -84,6 +86,10 @@ class HSAWindowAttention(HSAAttention):
 
 class HSAFullAttention(HSAWindowAttention):
     """Causal attention to all earlier tokens of the document."""
+
+    def __init__(self, config: HSAConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.rotates = config.full_attention_rope
 
     @property
     def window(self):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configuration_hsa import HSAConfig
@@ -11,6 +12,7 @@ from configuration_hsa import HSAConfig
 from .attention import HSAEncoderAttention
 from .cache.history import TokenHistory
 from .cache.ring import TokenRing
+from .landmarks import mass_landmarks
 from .layout import TokenLayout, cut_chunks
 from .modules import HSAMLP, HSARMSNorm, HSARotaryEmbedding, head_norm
 
@@ -48,19 +50,23 @@ class HSAChunkEncoder(nn.Module):
     def __init__(self, config: HSAConfig):
         super().__init__()
         self.config = config
-        self.use_cls = config.chunk_landmark == "cls"
+        self.use_cls = config.chunk_landmark != "mean"
         if self.use_cls:
             self.cls_token = nn.Parameter(torch.zeros(config.hidden_size))
         self.layers = nn.ModuleList([HSAEncoderLayer(config) for _ in range(config.num_encoder_layers)])
         self.norm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.landmark_proj = nn.Linear(
-            config.hidden_size, config.num_retrieval_heads * config.retrieval_dim, bias=False
+            config.hidden_size, config.num_retrieval_heads * config.retrieval_query_dim, bias=False
         )
-        self.landmark_norm = head_norm(config, config.landmark_norm, config.retrieval_dim)
+        self.landmark_norm = head_norm(config, config.landmark_norm, config.retrieval_query_dim)
         self.k_proj = nn.Linear(config.hidden_size, config.hsa_num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hsa_num_key_value_heads * config.head_dim, bias=False)
         self.k_norm = head_norm(config, config.hsa_qk_norm, config.head_dim)
         self.rotary_emb = HSARotaryEmbedding(config)
+
+    def initialize(self, std: float) -> None:
+        if self.use_cls:
+            init.normal_(self.cls_token, mean=0.0, std=std)
 
     def forward(
         self,
@@ -103,9 +109,12 @@ class HSAChunkEncoder(nn.Module):
         chunks = self.norm(chunks)
         tokens = chunks[:, : self.config.chunk_size]
         summary = chunks[:, -1] if self.use_cls else tokens.mean(dim=1)
-        landmarks = self.landmark_norm(self.landmark_proj(summary).unflatten(-1, (-1, self.config.retrieval_dim)))
+        landmarks = self.landmark_proj(summary).unflatten(-1, (-1, self.config.retrieval_query_dim))
+        landmarks = self.landmark_norm(landmarks)
         keys = self.k_norm(self.k_proj(tokens).unflatten(-1, (-1, self.config.head_dim)))
         values = self.v_proj(tokens).unflatten(-1, (-1, self.config.head_dim))
+        if self.config.chunk_landmark == "mass":
+            landmarks = mass_landmarks(landmarks, keys)
         return landmarks, keys, values
 
     def _no_chunks(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from configuration_hsa import HSAConfig
 
 from .cache.layer_states import AttentionState, LayerState, RetrievalState, Storage
 from .layers import HSADecoderLayer, HSAFullAttentionLayer, HSALayer, HSARetrievalLayer
+from .linear_attention import HSALinearAttentionLayer, LinearAttentionState
 
 
 class LayerKind(NamedTuple):
@@ -27,5 +28,6 @@ LAYER_KINDS = {
         HSADecoderLayer, lambda config, storage: AttentionState(storage, config.sliding_window)
     ),
     "full_attention": LayerKind(HSAFullAttentionLayer, lambda config, storage: AttentionState(storage, None)),
+    "linear_attention": LayerKind(HSALinearAttentionLayer, LinearAttentionState),
     "hsa": LayerKind(HSARetrievalLayer, _retrieval_state),
 }

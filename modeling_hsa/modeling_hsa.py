@@ -23,7 +23,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers import initialization as init
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -121,8 +120,8 @@ class HSAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HSAChunkEncoder) and module.use_cls:
-            init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+        if hasattr(module, "initialize"):  # of modules with parameters that Transformers does not know
+            module.initialize(self.config.initializer_range)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         super()._set_gradient_checkpointing(enable, _through_arguments(gradient_checkpointing_func), **kwargs)

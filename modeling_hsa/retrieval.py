@@ -10,6 +10,7 @@ from configuration_hsa import HSAConfig
 from .cache.history import TokenHistory
 from .cache.memory import ChunkMemory
 from .cache.ring import TokenRing
+from .landmarks import mass_queries
 from .layout import TokenLayout
 from .modules import HSARMSNorm, head_norm
 from .ops import chunk_weights, select_chunks
@@ -31,8 +32,11 @@ class HSARetrieval(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.norm = HSARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.q_proj = nn.Linear(config.hidden_size, config.num_retrieval_heads * config.retrieval_dim, bias=False)
-        self.q_norm = head_norm(config, config.landmark_norm, config.retrieval_dim)
+        self.dim = config.retrieval_query_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_retrieval_heads * self.dim, bias=False)
+        # Queries for the mass of keys are like the queries of attention to them.
+        is_normed = config.hsa_qk_norm if config.chunk_landmark == "mass" else config.landmark_norm
+        self.q_norm = head_norm(config, is_normed, self.dim)
 
     def forward(
         self,
@@ -52,12 +56,15 @@ class HSARetrieval(nn.Module):
         stride = self.config.retrieval_stride
         if stride > 1:
             query = self._query_of_stride(query, layout, history)
-        query = self.q_norm(query.unflatten(-1, (-1, self.config.retrieval_dim)))
+        query = self.q_norm(query.unflatten(-1, (-1, self.dim)))
+        if self.config.chunk_landmark == "mass":
+            query = mass_queries(query)
         scores, indices = select_chunks(
             query, memory.landmarks.to(query.dtype),
             topk=self.config.chunk_topk,
             chunk_size=self.config.chunk_size,
             visible=layout.visible(self.config.chunk_size, stride),
+            scale=self.dim**-0.5,
             distance_penalty=self.config.retrieval_distance_penalty,
             implementation=self.config.hsa_implementation,
         )  # fmt: skip

@@ -6,6 +6,8 @@ from configuration_hsa import HSAConfig
 from modeling_hsa import HSAForCausalLM
 
 
+MAMBA = {"state_size": 8, "mamba_head_dim": 16}
+
 # Every switch of the architecture, each away from its default.
 VARIANTS = {
     "default": {},
@@ -14,6 +16,14 @@ VARIANTS = {
     "standard_residual": {"hsa_residual": "standard"},
     "no_local_attention": {"hsa_local_attention": False},
     "mean_landmark": {"chunk_landmark": "mean"},
+    "mass_landmark": {"chunk_landmark": "mass", "retrieval_dim": 9},
+    "mass_landmark_stride_3": {
+        "chunk_landmark": "mass",
+        "retrieval_dim": 9,
+        "num_retrieval_heads": 4,
+        "hsa_num_key_value_heads": 2,
+        "retrieval_stride": 3,
+    },
     "no_encoder": {"chunk_landmark": "mean", "num_encoder_layers": 0},
     "stride_3": {"retrieval_stride": 3},
     "stride_16": {"retrieval_stride": 16, "chunk_weighting": "stick_breaking"},
@@ -39,11 +49,20 @@ VARIANTS = {
     "narrow_hsa_mlp": {"hsa_intermediate_size": 16},
     "no_hsa_mlp": {"hsa_intermediate_size": 0, "hsa_residual": "standard"},
     "qwen2_biases": {"attention_bias": True, "attention_output_bias": False},
+    "no_position": {
+        "layer_types": ["full_attention", "sliding_attention", "hsa", "full_attention"],
+        "full_attention_rope": False,
+    },
+    "ramba": {"layer_types": ["linear_attention", "linear_attention", "hsa", "linear_attention", "hsa"], **MAMBA},
+    "linear_attention_only": {"layer_types": ["linear_attention"] * 3, **MAMBA, "n_groups": 2},
     "baseline": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }
 
+# Those whose cache can forget tokens.
+CROPPABLE = tuple(name for name in VARIANTS if "linear_attention" not in VARIANTS[name].get("layer_types", ()))
+
 # Those of the fast tier: together they take every way through the code.
-FAST_VARIANTS = ("default", "joint", "stride_3", "no_local_attention", "early_encoder")
+FAST_VARIANTS = ("default", "joint", "stride_3", "no_local_attention", "early_encoder", "ramba")
 
 
 def tiny_config(**overrides) -> HSAConfig:

@@ -92,7 +92,7 @@ def draw_scaling(lines_of: dict[str, dict[str, tuple[list, list]]], file: Path, 
             for name, (x, y) in lines.items():
                 axis.plot(x, y, "o-", color=f"C{names.index(name)}", label=named(name))
             axis.set(title=title, xlabel=label, xscale="log", yscale="log")
-            _ticks(axis, [value for x, _ in lines.values() for value in x])
+            length_ticks(axis, [value for x, _ in lines.values() for value in x])
             low, high = (bound(value for _, y in lines.values() for value in y) for bound in (min, max))
             low, high = min(low, high / 4) / 1.5, high * 1.5  # what hardly changes looks flat
             axis.set_ylim(low, high)
@@ -108,9 +108,9 @@ def draw_lengths(models: dict[str, list[dict]], file: Path) -> None:
         for axis, task in zip(axes, tasks):
             for label, rows in models.items():
                 rows = [row for row in rows if row["task"] == task]
-                _band(axis, [row["length"] for row in rows], rows, "accuracy", label)
+                draw_band(axis, [row["length"] for row in rows], rows, "accuracy", label)
             axis.set_xscale("log", base=2)
-            _ticks(axis, [row["length"] for rows in models.values() for row in rows], rotation=45)
+            length_ticks(axis, [row["length"] for rows in models.values() for row in rows], rotation=45)
             axis.set(title=named(task), xlabel="tokens", ylim=(-0.03, 1.03))
         axes[0].set_ylabel("accuracy")
         common_legend(axes, 4)
@@ -129,11 +129,11 @@ def draw_losses(rows: list[dict], file: Path) -> None:
             lines["loss by position"] = "position (tokens)", middles, row["losses"]
     with panels(file, len(lines)) as axes:
         for axis, (title, (label, x, losses)) in zip(axes, lines.items()):
-            _band(axis, x, losses, "mean")
+            draw_band(axis, x, losses, "mean")
             axis.set(title=title, xlabel=label, ylabel="nats per token")
             axis.set_xscale("log", base=2)
             if label.startswith("length"):
-                _ticks(axis, x, rotation=45)
+                length_ticks(axis, x, rotation=45)
 
 
 def heat_map(grid: dict[tuple[str, str], float], file: Path, title: str, label: str) -> None:
@@ -221,12 +221,12 @@ def draw_curves(
             axis.axvline(mark, color="0.8", zorder=0)
         axis.set(title=title, xlabel=x, ylabel=y, **axes_are)
         if axes_are.get("xscale") == "log":
-            _ticks(axis, [at for line, _ in curves.values() for at in line])
+            length_ticks(axis, [at for line, _ in curves.values() for at in line])
         common_legend([axis])
 
 
-def _band(axis, x: list, rows: list[dict], value: str, label: str | None = None) -> None:
-    """A line of the field `value` of rows, and the interval [low, high], where they have one, around it."""
+def draw_band(axis, x: list, rows: list[dict], value: str, label: str | None = None) -> None:
+    """Draws a line of the field `value` of rows, and the interval [low, high], where they have one, around it."""
     if not rows:
         return
     y = [row[value] for row in rows]
@@ -235,7 +235,7 @@ def _band(axis, x: list, rows: list[dict], value: str, label: str | None = None)
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _ticks(axis, lengths: Sequence[int], **options) -> None:
+def length_ticks(axis, lengths: Sequence[int], **options) -> None:
     axis.set_xticks(sorted(set(lengths)), [short(length) for length in sorted(set(lengths))], **options)
     axis.minorticks_off()
 

@@ -30,6 +30,7 @@ class Reader:
     """
 
     can_offload = False
+    cache_name = CACHE
 
     def __init__(self, model: PreTrainedModel, segment: int = SEGMENT, offload: bool = False):
         if offload and not self.can_offload:
@@ -59,11 +60,12 @@ class Reader:
             return None
         cache = self.make_cache(length + self.segment)
         for part in input_ids.split(self.segment or length, dim=1):
-            output = self.model(part, **{CACHE: cache}, use_cache=True, **self.one_logit)
-            cache = output.get(CACHE)
+            output = self.model(part, **{self.cache_name: cache}, use_cache=True, **self.one_logit)
+            cache = output.get(self.cache_name)
             if cache is None:
                 raise ValueError(
-                    f"{type(self.model).__name__} returns no `{CACHE}`, so its prompts cannot be read in segments."
+                    f"{type(self.model).__name__} returns no `{self.cache_name}`, so its prompts cannot be read in "
+                    "segments."
                 )
         return cache
 
@@ -78,7 +80,7 @@ class Reader:
         start = _start(input_ids, count)
         with self.record(start) as recorder:
             cache = self.read(input_ids[:, :start])
-            logits = self.model(input_ids[:, start:-1], **{CACHE: cache}, use_cache=cache is not None).logits
+            logits = self.model(input_ids[:, start:-1], **{self.cache_name: cache}, use_cache=cache is not None).logits
         return (logits.argmax(-1) == input_ids[:, start + 1 :]).cpu(), recorder.chunks
 
     @torch.inference_mode()
@@ -89,8 +91,8 @@ class Reader:
         losses = []
         pairs = input_ids[:, start:].unfold(1, 2, 1)  # [B, count, 2]: token and next one
         for part in pairs.split(self.segment or count, dim=1):
-            output = self.model(part[..., 0], **{CACHE: cache}, use_cache=True)
-            cache = output[CACHE]
+            output = self.model(part[..., 0], **{self.cache_name: cache}, use_cache=True)
+            cache = output[self.cache_name]
             losses.append(torch.nn.functional.cross_entropy(output.logits.float().mT, part[..., 1], reduction="none"))
         return torch.cat(losses, dim=1)
 
@@ -111,7 +113,7 @@ class Reader:
             tokens = self.model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                **{CACHE: cache},
+                **{self.cache_name: cache},
                 max_new_tokens=count,
                 do_sample=False,
                 pad_token_id=self.model.generation_config.pad_token_id or 0,
@@ -196,10 +198,16 @@ class HSAReader(Reader):
         return cache.fork()
 
     def record(self, start: int) -> "RetrievalRecorder":
-        return RetrievalRecorder(self.model.base_model, start)
+        return RetrievalRecorder(self.model.base_model if any(self.model.config.hsa_layers) else None, start)
 
 
-READERS = {"hsa": HSAReader}  # by model type
+class FlaReader(Reader):
+    """Models of flash-linear-attention, which know the cache by its name before Transformers 5.24."""
+
+    cache_name = "past_key_values"
+
+
+READERS = {"hsa": HSAReader, "nsa": FlaReader}  # by model type
 
 
 def make_reader(model: PreTrainedModel, segment: int = SEGMENT, offload: bool = False) -> Reader:

@@ -45,7 +45,7 @@ def hardware() -> dict[str, str | int]:
             found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError):
             found["driver"] = "unknown"
-    for peer in ("fla-core", "flash-attn"):
+    for peer in ("fla-core", "flash-attn", "mamba-ssm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[peer] = importlib.metadata.version(peer)
     if importlib.util.find_spec("configuration_hsa"):

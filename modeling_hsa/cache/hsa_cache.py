@@ -29,7 +29,7 @@ from .storage import GrowingStorage
 CACHE_FIELDS = (
     "layer_types", "chunk_encoder_layer", "hidden_size", "num_key_value_heads", "head_dim", "sliding_window",
     "chunk_size", "hsa_local_attention", "hsa_num_key_value_heads", "num_retrieval_heads", "retrieval_dim",
-    "retrieval_stride",
+    "retrieval_stride", "state_size", "conv_kernel", "expand", "n_groups", "mamba_head_dim",
 )  # fmt: skip
 
 
@@ -69,7 +69,6 @@ class HSACache(Cache):
     ```"""
 
     is_compileable = False
-    is_croppable = True
     format_version = CACHE_FORMAT
 
     def __init__(
@@ -273,8 +272,20 @@ class HSACache(Cache):
         self.settle()
         return next((n for state in self.states.values() if (n := state.batch_size) is not None), -1)
 
+    @property
+    def is_croppable(self) -> bool:
+        return all(layer.is_croppable for layer in self.layers)
+
+    def _check_croppable(self) -> None:
+        if not self.is_croppable:
+            raise NotImplementedError(
+                "A cache with the state of 'linear_attention' layers cannot forget tokens, as the state cannot go "
+                "back. `fork` the cache before the tokens are read, and go on with the fork."
+            )
+
     def activate_past_recording(self) -> None:
         """Keep everything from now on until the next `crop`, so that it can go back any distance."""
+        self._check_croppable()
         for history in self._histories():
             history.record()
 
@@ -286,7 +297,8 @@ class HSACache(Cache):
         Forgets the last `-tokens_to_remove` columns (tokens or padding). Exact as far back as the window reaches (any
         distance after `activate_past_recording`).
 
-        Raises: ValueError if `tokens_to_remove` is positive, goes back beyond the first token, or beyond what is kept.
+        Raises: ValueError if `tokens_to_remove` is positive, goes back beyond the first token, or beyond what is kept;
+        NotImplementedError with `linear_attention` layers, whose state cannot go back.
         """
         columns = -_as_int("tokens_to_remove", tokens_to_remove)
         if columns < 0:
@@ -297,6 +309,7 @@ class HSACache(Cache):
             raise ValueError(f"Cannot forget {columns} tokens: the cache holds {self.get_seq_length()}.")
         self.settle()
         if columns:
+            self._check_croppable()
             self._crop(columns)
         for history in self._histories():
             history.shrink()

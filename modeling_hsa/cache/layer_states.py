@@ -16,6 +16,7 @@ class LayerState:
     """An entry of `cache.layers`."""
 
     is_sliding = False
+    is_croppable = True  # whether `crop` can go back in it
     supports_early_init = False  # `Cache.early_initialization` of Transformers leaves it alone
 
     def parts(self) -> dict[str, State]:

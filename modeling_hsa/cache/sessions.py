@@ -28,7 +28,7 @@ from .session_files import DamagedSession, SessionFolder
 CONFIG_FIELDS = (
     "intermediate_size", "num_attention_heads", "chunk_topk", "chunk_landmark", "chunk_weighting",
     "num_encoder_layers", "hsa_residual", "retrieval_distance_penalty", "landmark_norm", "qk_norm", "hsa_qk_norm",
-    "hidden_act", "rms_norm_eps", "rope_parameters",
+    "hidden_act", "rms_norm_eps", "rope_parameters", "full_attention_rope",
 )  # fmt: skip
 # Bytes of chunk memory in a file.
 SHARD_BYTES = 1 << 28

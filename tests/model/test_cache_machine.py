@@ -22,7 +22,8 @@ from tests.rows import Rows
 # Switches that change what a cache keeps, or in which order it is written.
 NAMES = (
     "default", "stride_3", "stride_20", "no_local_attention", "joint", "two_retrieval_heads", "window_of_one",
-    "full_attention", "early_encoder", "hsa_qk_norm_only", "no_hsa_mlp", "baseline",
+    "full_attention", "early_encoder", "hsa_qk_norm_only", "no_hsa_mlp", "baseline", "ramba",
+    "linear_attention_only",
 )  # fmt: skip
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
 MOST_COLUMNS = 112
@@ -245,11 +246,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(branch=branches, columns=st.integers(0, 15) | st.integers(0, MOST_COLUMNS))
     def crop(self, branch, columns):
-        if branch.is_static:
+        columns = min(columns, branch.columns)
+        if branch.is_static or columns and not branch.cache.is_croppable:
             with pytest.raises(NotImplementedError):
                 branch.cache.crop(-columns)
             return
-        columns = min(columns, branch.columns)
         try:
             branch.cache.crop(-columns)
         except ValueError:
@@ -266,7 +267,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(branch=branches)
     def record(self, branch):
-        if branch.is_static:
+        if not branch.cache.is_croppable:
             return
         branch.cache.activate_past_recording()
         branch.is_recording = True

@@ -35,7 +35,9 @@ def loss_and_gradients(model, forward, ids: torch.Tensor, **inputs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["default", "stride_3", "joint", "distance_penalty", "eager_attention"])
+@pytest.mark.parametrize(
+    "name", ["default", "stride_3", "joint", "distance_penalty", "eager_attention", "ramba", "mass_landmark"]
+)
 def test_training_needs_one_graph(name, layout):
     model, rows = make_variant(name).train(), Rows(*LAYOUTS[layout])
     expected = loss_and_gradients(model, model, rows.ids, **rows.inputs())

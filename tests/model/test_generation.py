@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_hsa import HSACache
 from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, relative_error
-from tests.models import make_variant, tiny_model
+from tests.models import CROPPABLE, make_variant, tiny_model
 from tests.rows import LENGTHS, random_ids
 
 
@@ -478,10 +478,11 @@ def test_a_cache_can_be_continued_after_assisted_generation(model):
     assert torch.equal(sequences, model.generate(ids, **GREEDY))
 
 
-def test_prompt_lookup_equals_greedy(variant_model):
-    ids = random_ids(1, 10).repeat(1, 5)
-    sequences = variant_model.generate(ids, prompt_lookup_num_tokens=20, **GREEDY)
-    assert torch.equal(sequences, variant_model.generate(ids, **GREEDY))
+@pytest.mark.parametrize("name", CROPPABLE)
+def test_prompt_lookup_equals_greedy(name):
+    model, ids = make_variant(name), random_ids(1, 10).repeat(1, 5)
+    sequences = model.generate(ids, prompt_lookup_num_tokens=20, **GREEDY)
+    assert torch.equal(sequences, model.generate(ids, **GREEDY))
 
 
 def test_models_of_other_kinds_assist_and_are_assisted(model):

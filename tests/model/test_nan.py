@@ -9,7 +9,16 @@ from tests.models import make_variant
 from tests.rows import Rows, random_ids
 
 
-NAMES = ("default", "stride_3", "no_local_attention", "full_attention", "eager_attention", "joint", "no_encoder")
+NAMES = (
+    "default",
+    "stride_3",
+    "no_local_attention",
+    "full_attention",
+    "eager_attention",
+    "joint",
+    "no_encoder",
+    "ramba",
+)
 CACHES = {
     "device": HSACache,
     "host": lambda config: HSACache(config, offloading=True),

@@ -102,7 +102,7 @@ def test_documents_may_end_and_begin_in_any_call(name):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["default", "joint", "stride_3", "no_local_attention", "eager_attention"])
+@pytest.mark.parametrize("name", ["default", "joint", "stride_3", "no_local_attention", "eager_attention", "ramba"])
 def test_steps_need_one_graph_for_all_tokens_and_all_caches(name):
     model, ids = make_variant(name), random_ids(2, 16 + NEW_TOKENS)
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")

@@ -25,13 +25,17 @@ def models(**overrides) -> list:
     return [tiny_model(hsa_implementation=name, **config).to(DEVICE) for name in ("torch", "triton")]
 
 
-@pytest.mark.parametrize("weighting", ["softmax", "joint"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"chunk_weighting": "joint"}, {"chunk_landmark": "mass", "retrieval_dim": 17}],
+    ids=["softmax", "joint", "mass"],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_and_gradients_are_those_of_the_pytorch_path(layout, weighting):
+def test_logits_and_gradients_are_those_of_the_pytorch_path(layout, fields):
     rows = Rows(*LAYOUTS[layout])
     inputs = {name: x.to(DEVICE) for name, x in rows.inputs().items()}
     results = []
-    for model in models(chunk_weighting=weighting):
+    for model in models(**fields):
         logits = model(rows.ids.to(DEVICE), use_cache=False, **inputs).logits
         real = inputs.get("attention_mask", torch.ones(logits.shape[:2], device=DEVICE)) > 0
         logits.logsumexp(-1)[real].sum().backward()

@@ -60,7 +60,7 @@ def make_config(fields: dict, tokenizer) -> PreTrainedConfig:
     Raises: ValueError for a field that such a model does not have.
     """
     fields = {"model_type": "hsa"} | fields
-    if unknown := fields.keys() - AutoConfig.for_model(fields["model_type"]).to_dict():
+    if unknown := fields.keys() - vars(AutoConfig.for_model(fields["model_type"])).keys() - {"model_type"}:
         raise ValueError(f"A model of type {fields['model_type']!r} does not take {sorted(unknown)}.")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return AutoConfig.for_model(**fields, **special, vocab_size=len(tokenizer))

@@ -106,7 +106,7 @@ class Run(StagedRun):
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.corpus)
         self.tasks = RetrievalTasks(self.tokenizer)
         config = make_config(self.recipe["model"], self.tokenizer)
-        self.has_retrieval = config.model_type == "hsa"
+        self.has_retrieval = any(getattr(config, "hsa_layers", ()))
         checkpoint = find_checkpoint(self.folder)
         if checkpoint and not arguments.resume:
             raise ValueError(f"`--output`: {self.folder} holds a run. Go on with `--resume`, or take another folder.")
