@@ -61,8 +61,8 @@ def variant_of(item) -> str | None:
 def fast_cases(cases: list) -> list:
     """
     Those of a test that the fast tier has. One variant of the model, of `FAST_VARIANTS`, which one follows from the
-    name of the test, and two cases, that have as many values of other arguments as two can. Of tests of Triton kernels,
-    which are slow to interpret, one case, and of what is refused, which costs little, every value.
+    name of the test, and two cases, with as many values of other arguments as two can have. Of tests of kernels, which
+    are slow to interpret, one case, and of what is refused, which costs little, every value.
     """
     name, variants = cases[0].originalname, [name for name in FAST_VARIANTS if name in map(variant_of, cases)]
     if variants:
