@@ -64,12 +64,11 @@ def fast_cases(cases: list) -> list:
     name of the test, and two cases, with as many values of other arguments as two can have. Of tests of kernels, which
     are slow to interpret, one case, and of what is refused, which costs little, every value.
     """
-    name, variants = cases[0].originalname, [name for name in FAST_VARIANTS if name in map(variant_of, cases)]
-    if variants:
-        variant = variants[crc32(name.encode()) % len(variants)]
+    name = cases[0].originalname
+    if all(map(variant_of, cases)):
+        variants = [variant for variant in FAST_VARIANTS if variant in map(variant_of, cases)]
+        variant = variants[crc32(name.encode()) % len(variants)] if variants else variant_of(cases[0])
         cases = [case for case in cases if variant_of(case) == variant]
-    elif any(map(variant_of, cases)):
-        return []
     limit = 1 if cases[0].path.name.startswith("test_triton") else 2
     if any(words in name for words in ("refused", "does_not_fit")):
         limit = len(cases)
