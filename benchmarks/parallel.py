@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="only these; what the file has tells their names")
-    parser.add_argument("--limit", type=float, default=60, help="seconds that a case may take, or the start")
+    parser.add_argument("--limit", type=float, default=90, help="seconds that a case may take, or the start")
     parser.add_argument("--commit", default=commit(), help="where the code is no checkout of git")
     args = parser.parse_args()
     if args.device == "cuda" and torch.cuda.device_count() < 2:

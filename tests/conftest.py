@@ -61,20 +61,20 @@ def variant_of(item) -> str | None:
 def fast_cases(cases: list) -> list:
     """
     Those of a test that the fast tier has. One variant of the model, of `FAST_VARIANTS`, which one follows from the
-    name of the test; with it every argument takes each of its values, but not all combinations of them. In a test of
-    Triton kernels, which are slow to interpret, one case.
+    name of the test, and two cases, with as many values of other arguments as two can have. Of tests of kernels, which
+    are slow to interpret, one case, and of what is refused, which costs little, every value.
     """
-    variants = [name for name in FAST_VARIANTS if name in map(variant_of, cases)]
-    if variants:
-        variant = variants[crc32(cases[0].originalname.encode()) % len(variants)]
+    name = cases[0].originalname
+    if all(map(variant_of, cases)):
+        variants = [variant for variant in FAST_VARIANTS if variant in map(variant_of, cases)]
+        variant = variants[crc32(name.encode()) % len(variants)] if variants else variant_of(cases[0])
         cases = [case for case in cases if variant_of(case) == variant]
-    elif any(map(variant_of, cases)):
-        return []
-    if cases[0].path.name.startswith("test_triton"):
-        return cases[:1]
+    limit = 1 if cases[0].path.name.startswith("test_triton") else 2
+    if any(words in name for words in ("refused", "does_not_fit")):
+        limit = len(cases)
     # Values by identity, as not all can be hashed.
     values = [{(argument, id(value)) for argument, value in case.callspec.params.items()} for case in cases]
-    return [cases[i] for i in covering(values)]
+    return [cases[i] for i in covering(values)[:limit]]
 
 
 def mark_slow(items) -> None:

@@ -490,7 +490,7 @@ torch.save(model(torch.load("ids.pt")).logits.detach(), "logits.pt")
 """
 
 
-@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("mode", ["insert", pytest.param("replace", marks=pytest.mark.slow)])
 def test_the_folder_needs_no_package(mode, tmp_path):
     model, ids = perturb(convert(make_source("qwen2"), mode=mode)), random_ids(2, 60)
     model.save_pretrained(tmp_path / "saved")

@@ -110,7 +110,7 @@ def test_a_fork_copies_no_chunk_memory(models):
 def test_forks_that_are_gone_leave_their_room_to_others(models):
     model = models["default"]
     _, cache = read(model, random_ids(1, 100), [100])
-    for _ in range(10):
+    for _ in range(6):
         read(model, random_ids(1, 40), [40], cache.fork())
         gc.collect()
     assert cache.memory.pages.used <= 6 + 2 * 3
