@@ -166,7 +166,7 @@ def build_layout(
     is_cached, past = past is not None, past or Past()
     if past.is_step:
         return _step_layout(batch, position_ids, chunk_size, past.rows)
-    real = _new_columns(attention_mask, batch, past.columns, length)
+    real = _new_columns(attention_mask, batch, past.columns, length, device)
     right_aligned = contiguous = real is None
     if real is not None and not torch.compiler.is_compiling():  # compiled, rows count as padded in any way
         # The one place that looks at the values of the mask; on an accelerator this waits for them.
@@ -192,8 +192,8 @@ def build_layout(
     return layout
 
 
-def _new_columns(attention_mask, batch: int, columns: int, length: int):
-    """The columns of the mask that belong to this call, as bool [B, L]."""
+def _new_columns(attention_mask, batch: int, columns: int, length: int, device: torch.device):
+    """The columns of the mask, which may be elsewhere, that belong to this call, as bool [B, L] on `device`."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor):
@@ -203,7 +203,7 @@ def _new_columns(attention_mask, batch: int, columns: int, length: int):
             f"`attention_mask` must have the shape [{batch}, {columns + length}] (batch, cached + new tokens), got "
             f"{list(attention_mask.shape)}. Masks of other shapes have no meaning for a model that selects chunks."
         )
-    return attention_mask[:, columns:] != 0
+    return attention_mask[:, columns:].to(device) != 0
 
 
 def _step_layout(batch: int, position_ids: torch.Tensor | None, chunk_size: int, before: RowState) -> TokenLayout:

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from configuration_hsa import HSAConfig
-from modeling_hsa.modeling_hsa import PREFILL_CHUNK_SIZE
 
 from ..plots import draw_scaling
 from ..reading import CACHE
@@ -174,7 +173,8 @@ class Cpu:
                     for row in rows:
                         print_row(row)
         parameters = {name: build(name, HSAConfig(**CONFIG)).num_parameters() for name in arguments.models}
-        results = {"parameters": parameters, "prefill_chunk_size": PREFILL_CHUNK_SIZE, "measurements": measurements}
+        segment = build("hsa", HSAConfig(**CONFIG)).prefill_segment()
+        results = {"parameters": parameters, "prefill_chunk_size": segment, "measurements": measurements}
         write_json(arguments.output / "results.json", provenance() | results)
         if set(arguments.what) == set(MEASURES):
             plot(measurements, arguments.output / "benchmark.png")

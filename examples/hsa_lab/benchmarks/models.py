@@ -24,7 +24,6 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from configuration_hsa import HSAConfig
 from modeling_hsa import HSAForCausalLM, HSAStaticCache
-from modeling_hsa.modeling_hsa import PREFILL_CHUNK_SIZE
 
 from ..models import count_parameters, llama_like
 from ..plots import draw_scaling
@@ -56,7 +55,7 @@ def build(name: str, config: HSAConfig, seed: int = 0) -> PreTrainedModel:
 
 def make_prompt_reader(model: PreTrainedModel) -> Reader:
     """Reads as `generate` does: an HSA model in segments, a Llama all at once."""
-    return make_reader(model, PREFILL_CHUNK_SIZE if model.config.model_type == "hsa" else 0)
+    return make_reader(model, None if model.config.model_type == "hsa" else 0)
 
 
 def cache_bytes(cache) -> int:
@@ -251,7 +250,7 @@ class Models(Benchmark):
         for length in self.contexts:
             cache.reset()
             with torch.no_grad():
-                for segment in self.input_ids(model, 1, length).split(PREFILL_CHUNK_SIZE, dim=1):
+                for segment in self.input_ids(model, 1, length).split(model.prefill_segment(1, length), dim=1):
                     model(segment, **{CACHE: cache}, logits_to_keep=1)
             first = timer.clock_ms(lambda: decode(8))
             row = {"model": "hsa", "length": length, "max_length": cache.max_length}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..commands import add_model_flags, at_least, text_file
 from ..plots import draw_depths
-from ..reading import SEGMENT, make_reader, retrieval_recall
+from ..reading import make_reader, retrieval_recall
 from ..results import Results, short, summarise
 from ..tokens import read_haystack
 
@@ -67,7 +67,9 @@ class Evaluation:
             help="text to hide things in: .txt, .jsonl or .jsonl.gz with 'text', or token ids as .npy",
         )  # fmt: skip
         group.add_argument(
-            "--segment", type=at_least(0), default=SEGMENT, help="tokens of a prompt read at a time; 0: all at once"
+            "--segment",
+            type=at_least(0),
+            help="tokens of a prompt read at a time; 0: all at once; else by the model",
         )
         group.add_argument("--offload", action="store_true", help="keep the chunk memory of an HSA model on the CPU")
 
