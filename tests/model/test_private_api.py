@@ -104,8 +104,8 @@ MASK_LENGTH = "_mask_length"
 
 # Private parts of PyTorch, which has a range of its own.
 OF_PYTORCH = {
-    "_are_functorch_transforms_active", "_assert_async", "_current_level", "_dynamo", "_functorch", "_linear_pointwise",
-    "_parameters",
+    "_are_functorch_transforms_active", "_assert_async", "_current_level", "_dynamo", "_functorch",
+    "_linear_pointwise", "_parameters",
 }  # fmt: skip
 
 
