@@ -17,12 +17,12 @@ class _WithOneDNN(TorchFunctionMode):
     """Gives `torch.nn.functional.linear` of plain fp32 tensors to oneDNN. Has no backward."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.linear and not kwargs and len(args) == 3 and _is_plain(*args):
-            return torch.ops.mkldnn._linear_pointwise(*args, "none", [], "")
+        if func is torch.nn.functional.linear and not kwargs and _is_plain(*args):
+            return torch.ops.mkldnn._linear_pointwise(*(*args, None)[:3], "none", [], "")
         return func(*args, **(kwargs or {}))
 
 
-def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     return x.numel() > 0 and all(
         type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
