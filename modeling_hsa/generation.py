@@ -19,6 +19,7 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria, Unbatche
 
 from .cache.hsa_cache import HSACache
 from .cache.static_cache import HSAStaticCache
+from .decoding import current_steps, make_steps
 from .naming import CACHE
 from .prompts import PromptReader
 
@@ -107,6 +108,34 @@ class HSAGenerationMixin(PromptReader, GenerationMixin):
             "paged cache holds keys and values only, but retrieval needs an HSACache. Use `generate` with a batch "
             "padded on the left."
         )
+
+    # -- the steps --------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        **model_kwargs,
+    ):  # fmt: skip
+        """On CUDA the steps after the prompt are a graph where they can be. See `decoding`."""
+        most = getattr(stopping_criteria, "max_length", None)
+        most = None if most is None else most - input_ids.shape[1] - 1
+        steps = make_steps(self, model_kwargs.get(CACHE), generation_config, most, synced_gpus)
+        token = current_steps.set(steps)
+        try:
+            return super()._sample(
+                input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+                generation_config=generation_config, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+            )  # fmt: skip
+        finally:
+            current_steps.reset(token)
+            if steps is not None:
+                steps.finish()
+
+    def _own_steps(self):
+        steps = current_steps.get()
+        return steps if steps is not None and steps.model is self else None
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        return self._own_steps() is not None or super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     # -- the length -------------------------------------------------------------------------------------------------
 

@@ -286,7 +286,7 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
     batch, total, dim = hidden_states.shape
     length = layout.length
     if layout.is_step:  # of the last S tokens, whether they are a chunk or not
-        return hidden_states[:, None]
+        return hidden_states[:, None, -chunk_size:]
     if layout.past is not None:
         rest = layout.past % chunk_size
         n = (rest + length) // chunk_size

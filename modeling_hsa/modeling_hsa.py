@@ -328,6 +328,10 @@ class HSAForCausalLM(HSAPreTrainedModel, HSAGenerationMixin):
             retrieval=outputs.retrieval,
         )
 
+    def get_compiled_call(self, compile_config):
+        """What `generate` calls for a step, where `_valid_auto_compile_criteria` says so."""
+        return self._own_steps() or super().get_compiled_call(compile_config)
+
 
 class HSAForSequenceClassification(GenericForSequenceClassification, HSAPreTrainedModel):
     """An HSA model with a classification head on the last token of each sequence."""

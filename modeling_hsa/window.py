@@ -118,6 +118,8 @@ def _without_unseen_keys(call: Call) -> Call:
         return call
 
     def find_unseen() -> torch.Tensor:
+        if call.layout.is_step:
+            return ~_ring_mask(call)[..., None]
         slot = torch.arange(earlier, call.num_keys, device=call.key.device)
         first = (slot - _aligned_reach(call)).amin(1)
         return (torch.arange(call.num_keys, device=first.device) < first[:, None])[:, None, :, None]
@@ -134,7 +136,10 @@ def _attend_with_one_mask(call: Call) -> Output:
     call = _without_unseen_keys(call)
 
     def make_mask() -> torch.Tensor:
-        mask = _window_mask(_aligned_reach(call), call.num_keys - call.length, call.num_keys)
+        if call.layout.is_step:
+            mask = _ring_mask(call)[:, :, None]
+        else:
+            mask = _window_mask(_aligned_reach(call), call.num_keys - call.length, call.num_keys)
         return _as_mask(mask, call.module, call.query)
 
     mask = call.layout.share(("all", *call.mask_key), make_mask)
@@ -259,10 +264,21 @@ def _window_mask(reach: torch.Tensor, offset: int, keys: int) -> torch.Tensor:
     return ((back >= 0) & (back <= reach[..., None]))[:, None]
 
 
+def _ring_mask(call: Call) -> torch.Tensor:
+    """
+    bool [n, 1, slots], for a step: which slots of a `TokenRing` its token sees. The one `back` tokens before it is in
+    slot `-1 - (position - back) % slots`.
+    """
+    layout, slots = call.layout, call.num_keys
+    back = (layout.position + 1 + torch.arange(slots, device=layout.device)) % slots
+    return (back <= layout.reach(call.window))[:, None]
+
+
 def _as_mask(mask: torch.Tensor, module: nn.Module, query: torch.Tensor):
     """The mask in the form the attention implementation takes: bool, additive for eager, a `BlockMask` for flex."""
     implementation = module.config._attn_implementation
-    if implementation == "eager":
+    # A bool one of `sdpa` would be made additive in every layer, which counts where there is one token.
+    if implementation == "eager" or implementation == "sdpa" and mask.shape[-2] == 1:
         return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
             ~mask, torch.finfo(query.dtype).min
         )
