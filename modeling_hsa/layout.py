@@ -116,7 +116,12 @@ class TokenLayout:
         return replace(self, **moved, before=RowState(*(x.to(device) for x in self.before)), shared={})
 
     def share(self, key: tuple, make: Callable):
-        """`make()`, made once for all layers that ask for `key`."""
+        """
+        `make()`, made once for all layers that ask for `key`. Compiled code makes it in every layer: compiled layer by
+        layer, the first one would else be another function than the others, and in one graph the compiler finds it.
+        """
+        if torch.compiler.is_compiling():
+            return make()
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
@@ -137,6 +142,14 @@ class TokenLayout:
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undoes `align`."""
         return x if self.order is None else _permute_tokens(x, self.order.argsort(dim=-1))
+
+
+def make_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """
+    `x.contiguous()`. Compiled code copies: whether x is contiguous, as a slice is if it is all there is, would be a
+    question about its lengths, and the code would hold for those with the same answer.
+    """
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x.contiguous()
 
 
 def _permute_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -291,7 +304,9 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
         rest = layout.past % chunk_size
         n = (rest + length) // chunk_size
         start = total - length - rest
-        return hidden_states[:, start : start + n * chunk_size].unflatten(1, (n, chunk_size))
+        if torch.compiler.is_compiling():  # so that the chunks are never all there is: see `make_contiguous`
+            hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, 0, chunk_size))
+        return make_contiguous(hidden_states[:, start : start + n * chunk_size]).unflatten(1, (n, chunk_size))
     ends = layout.chunk_end
     # Without earlier tokens a bound is known; with them the device is asked, as few calls complete a chunk.
     n = length // chunk_size if total == length else int(ends.sum(1).max())

@@ -3,6 +3,7 @@ Linear layers on a CPU. PyTorch leaves products in fp32 to MKL, which on process
 than half of what oneDNN reaches there (110 and 250 GFLOP/s of one Zen 5 core). PyTorch brings both along.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -30,10 +31,14 @@ def _is_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     )
 
 
-def fast_linears(x: torch.Tensor) -> AbstractContextManager:
-    """A context in which linear layers of what becomes of x [B, L, hidden] take the fastest library."""
+def fast_linears(x: torch.Tensor, layers: Iterable[torch.nn.Module] = ()) -> AbstractContextManager:
+    """
+    A context in which the linear layers of what becomes of x [B, L, hidden] in `layers` take the fastest library. Code
+    that is compiled is left to the compiler.
+    """
     if (
         torch.compiler.is_compiling()
+        or any(hasattr(layer, "_orig_mod") or layer._compiled_call_impl is not None for layer in layers)
         or x.device.type != "cpu"
         or x.dtype != torch.float32
         or x.shape[0] * x.shape[1] < _LEAST_TOKENS

@@ -215,7 +215,7 @@ class HSAModel(HSAPreTrainedModel):
             position_ids=position_ids,
             past=self._begin(past_key_values, inputs_embeds.shape[1], attention_mask, position_ids),
         )
-        with fast_linears(inputs_embeds):
+        with fast_linears(inputs_embeds, self.layers):
             hidden_states = self._decode(inputs_embeds, layout, past_key_values, **kwargs)
         if past_key_values is not None:
             past_key_values.finish(layout)

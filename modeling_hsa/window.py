@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
-from .layout import TokenLayout
+from .layout import TokenLayout, make_contiguous
 from .precision import attention_dtype
 
 
@@ -150,7 +150,8 @@ def _attend_in_blocks(call: Call) -> Output:
     """Blocks of queries as rows of a batch, each with the keys of its own span and of the W - 1 tokens before."""
     call = _without_unseen_keys(call)
     window, block, length = call.window, call.block, call.length
-    num_blocks = -(-length // block)
+    # Compiled code has a block more, so that the tokens are never all there is: see `make_contiguous`.
+    num_blocks = length // block + 1 if torch.compiler.is_compiling() else -(-length // block)
     span = block + window - 1
     pad = torch.nn.functional.pad
     query = pad(call.query, (0, 0, 0, num_blocks * block - length))
@@ -169,7 +170,7 @@ def _attend_in_blocks(call: Call) -> Output:
     mask = call.layout.share(("blocks", *call.mask_key), make_mask)
     output, _ = call.attention(call.module, query, key, value, mask, **call.kwargs)
     output = output.view(batch, num_blocks * block, *output.shape[2:])[:, :length]
-    return output.contiguous(), None  # as tensor parallelism takes it for granted
+    return make_contiguous(output), None  # as tensor parallelism takes it for granted
 
 
 def _aligned_reach(call: Call) -> torch.Tensor:
