@@ -37,11 +37,15 @@ class StepMemory(ChunkMemory):
     what the step before made of a chunk that is still unfinished.
     """
 
-    def __init__(self, memory: DeviceMemory | None):
-        """None: for a model without retrieval."""
+    def __init__(self, memory: DeviceMemory | None, end: int):
+        """
+        Args:
+            memory: None for a model without retrieval.
+            end: chunks that a row will have at most; only so many landmarks are to be looked at.
+        """
         self.landmarks = self.keys = self.values = self.table = None
         if memory is not None:
-            self.landmarks, self.table = memory.stored_landmarks, memory.table
+            self.landmarks, self.table = memory.stored_landmarks[:, :end], memory.table
             self.keys, self.values = memory.pages.keys, memory.pages.values
 
     def append(self, landmarks, keys, values, layout):
@@ -74,11 +78,13 @@ class StepCache(HSACache):
         hidden = cache.hidden.tokens if cache.hidden.buffer is not None else next(iter(cache._histories())).tokens
         rows = torch.stack(cache.rows.past().row_state(hidden.device), dim=-1).expand(hidden.shape[0], -1).clone()
         memory = cache.memory if any(config.hsa_layers) else None
+        chunks = steps // config.chunk_size + 2
+        end = cache.memory.num_chunks + chunks
         if memory is not None:
             cache._before = self.before  # what the cache goes back to if this fails
-            _make_room(memory, config, hidden, rows, steps // config.chunk_size + 2)
+            _make_room(memory, config, hidden, rows, chunks, end)
             cache._before = None
-        self._assemble(config, _StepStorage(config.sliding_window), StaticRows(), StepMemory(memory))
+        self._assemble(config, _StepStorage(config.sliding_window), StaticRows(), StepMemory(memory, end))
         self.rows.state = rows
         self.rows.count = torch.full((1,), self.start, device=hidden.device)
         for ring, history in self._rings():
@@ -118,9 +124,11 @@ class StepCache(HSACache):
         cache._before = None
 
 
-def _make_room(memory: DeviceMemory, config: HSAConfig, hidden: torch.Tensor, rows: torch.Tensor, chunks: int) -> None:
-    """Room for `chunks` more chunks in each row; beside forks, in slots that nobody else writes to."""
-    batch, pages, end = hidden.shape[0], memory.pages, memory.num_chunks + chunks
+def _make_room(
+    memory: DeviceMemory, config: HSAConfig, hidden: torch.Tensor, rows: torch.Tensor, chunks: int, end: int
+) -> None:
+    """Room for `chunks` more chunks in each row, `end` in all; beside forks, in slots that nobody else writes to."""
+    batch, pages = hidden.shape[0], memory.pages
     if memory.stored_landmarks is None:  # no chunk yet
         pages = memory.pages = Pages()
         memory.stored_landmarks = hidden.new_empty(batch, 0, config.num_retrieval_heads, config.retrieval_dim)

@@ -111,7 +111,7 @@ MASK_LENGTH = "_mask_length"
 # Private parts of PyTorch, which has a range of its own.
 OF_PYTORCH = {
     "_are_functorch_transforms_active", "_assert_async", "_compiled_call_impl", "_current_level", "_dynamo",
-    "_forward_hooks", "_forward_pre_hooks", "_functorch", "_linear_pointwise", "_parameters",
+    "_forward_hooks", "_forward_pre_hooks", "_functorch", "_linear_pointwise", "_orig_mod", "_parameters",
 }  # fmt: skip
 
 
