@@ -18,6 +18,7 @@ from .cache.hsa_cache import HSACache
 from .cache.memory import DeviceMemory
 from .cache.step_cache import StepCache
 from .naming import CACHE
+from .ops.availability import pick_backend
 
 
 logger = logging.get_logger(__name__)
@@ -51,8 +52,8 @@ def find_obstacle(model: nn.Module, cache: HSACache) -> str | None:
         return "layers of full attention have no storage of fixed size"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"it needs `attn_implementation='sdpa'` or 'eager', not {config._attn_implementation!r}"
-    if config.hsa_implementation in ("torch", "naive") and model.device.type == "cuda":
-        return f"`hsa_implementation={config.hsa_implementation!r}` looks at values"
+    if model.device.type == "cuda" and any(config.hsa_layers) and _backend(model) != "triton":
+        return "retrieval runs in plain PyTorch, which looks at values"
     if model.training or torch.is_autocast_enabled(model.device.type):
         return "the model is in training mode, or autocast is on"
     if getattr(model, "hf_quantizer", None) is not None:
@@ -62,6 +63,13 @@ def find_obstacle(model: nn.Module, cache: HSACache) -> str | None:
     if any(type(x) is not nn.Parameter for x in model.parameters()):
         return "weights are sharded, or tensors of a class of their own"
     return next((f"the module `{name}` {what}" for name, x in model.named_modules() if (what := _change(x))), None)
+
+
+def _backend(model: nn.Module) -> str:
+    """Of retrieval."""
+    config, weight = model.config, model.get_input_embeddings().weight
+    sizes = {name: getattr(config, name) for name in ("head_dim", "chunk_size", "retrieval_dim")}
+    return pick_backend(config.hsa_implementation, weight, topk=config.chunk_topk, **sizes)
 
 
 def _change(module: nn.Module) -> str | None:

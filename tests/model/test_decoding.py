@@ -23,6 +23,7 @@ from tests.rows import random_ids
 
 NEW_TOKENS = 40  # completes two chunks (of 16) and goes around the window (of 12) and the rings (of 32)
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0, "return_dict_in_generate": True}
+SIZES = {"head_dim": 16}  # as the kernels take it
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -125,7 +126,7 @@ def same_caches(model, cache: HSACache, expected: HSACache) -> bool:
 @pytest.mark.parametrize("length", [1, 15, 50])
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "full_attention"])
 def test_tokens_and_cache_are_those_of_steps_without_a_graph(captures, name, length):
-    model = make_variant(name).to(captures.device)
+    model = make_variant(name, **SIZES).to(captures.device)
     if "full_attention" in model.config.layer_types:
         pytest.skip("has no graph")
     outputs, expected = generate_both_ways(model, captures, to(captures.device, input_ids=random_ids(2, length)))
@@ -136,7 +137,7 @@ def test_tokens_and_cache_are_those_of_steps_without_a_graph(captures, name, len
 
 @pytest.mark.parametrize("name", ["default", "stride_3"])
 def test_rows_may_be_padded_and_packed(captures, name):
-    model = make_variant(name).to(captures.device)
+    model = make_variant(name, **SIZES).to(captures.device)
     mask = torch.ones(3, 50, dtype=torch.long)
     mask[0, :23], mask[1, :1], mask[2, 10:15] = 0, 0, 0
     prompt = to(captures.device, input_ids=random_ids(3, 50), attention_mask=mask)
@@ -153,7 +154,7 @@ def test_rows_may_be_padded_and_packed(captures, name):
 
 @pytest.mark.parametrize("settings", [{"do_sample": True}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_samples_are_the_same(captures, settings):
-    model = tiny_model().to(captures.device)
+    model = tiny_model(**SIZES).to(captures.device)
     outputs, expected = generate_both_ways(
         model, captures, to(captures.device, input_ids=random_ids(2, 50)), **settings
     )
@@ -162,7 +163,7 @@ def test_samples_are_the_same(captures, settings):
 
 def test_rows_padded_on_the_right_have_no_graph(captures, messages):
     """Transformers counts their positions on from the padding."""
-    model, mask = tiny_model().to(captures.device), torch.ones(2, 50, dtype=torch.long)
+    model, mask = tiny_model(**SIZES).to(captures.device), torch.ones(2, 50, dtype=torch.long)
     mask[0, 40:] = 0
     prompt = to(captures.device, input_ids=random_ids(2, 50), attention_mask=mask)
     outputs, expected = generate_both_ways(model, captures, prompt)
@@ -171,7 +172,7 @@ def test_rows_padded_on_the_right_have_no_graph(captures, messages):
 
 
 def test_embeddings_are_a_prompt_too(captures):
-    model = tiny_model().to(captures.device)
+    model = tiny_model(**SIZES).to(captures.device)
     embeds = model.get_input_embeddings()(random_ids(2, 30).to(captures.device)).detach()
     outputs, expected = generate_both_ways(model, captures, {"inputs_embeds": embeds})
     assert captures.count == 1 and torch.equal(outputs.sequences, expected.sequences)
@@ -179,7 +180,7 @@ def test_embeddings_are_a_prompt_too(captures):
 
 def test_more_steps_than_there_is_room_for_take_another_graph(captures, monkeypatch):
     monkeypatch.setattr(decoding, "_MOST_STEPS", 17)
-    model = tiny_model().to(captures.device)
+    model = tiny_model(**SIZES).to(captures.device)
     outputs, expected = generate_both_ways(model, captures, to(captures.device, input_ids=random_ids(2, 50)))
     assert captures.count == 3 and torch.equal(outputs.sequences, expected.sequences)
     assert same_caches(model, outputs[CACHE], expected[CACHE])
@@ -187,7 +188,7 @@ def test_more_steps_than_there_is_room_for_take_another_graph(captures, monkeypa
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_forks_and_their_parent_go_on_from_a_conversation(captures, inference):
-    model, ids = tiny_model().to(captures.device), random_ids(2, 100).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(2, 100).to(captures.device)
     parent = HSACache(model.config)
     with torch.inference_mode(inference), torch.no_grad():
         model(ids[:, :70], past_key_values=parent)
@@ -206,7 +207,7 @@ def test_forks_and_their_parent_go_on_from_a_conversation(captures, inference):
 
 def test_a_memory_that_a_fork_has_moved_is_followed(captures):
     """A fork that is used between two steps: here by a streamer."""
-    model, ids = tiny_model().to(captures.device), random_ids(1, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(1, 50).to(captures.device)
     cache = HSACache(model.config)
     with torch.no_grad():
         model(ids[:, :40], past_key_values=cache)
@@ -256,7 +257,7 @@ class StoppingStreamer(TextStreamer):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 25])
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_an_interrupted_generation_leaves_what_it_generated(captures, tokens, is_padded):
-    model, ids = tiny_model().to(captures.device), random_ids(2, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(2, 50).to(captures.device)
     mask = torch.ones_like(ids)
     mask[0, : 20 * is_padded] = 0
     caches = []
@@ -273,7 +274,7 @@ def test_an_interrupted_generation_leaves_what_it_generated(captures, tokens, is
 
 
 def test_who_looks_at_the_cache_gets_it_back(captures):
-    model, ids = tiny_model().to(captures.device), random_ids(2, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(2, 50).to(captures.device)
     cache, lengths, forks = HSACache(model.config), [], []
 
     def look():
@@ -297,7 +298,7 @@ def _fail(*_):
 
 @pytest.mark.parametrize("place", ["layers.1", "norm"])
 def test_a_step_that_failed_is_not_there(captures, place):
-    model, ids = tiny_model().to(captures.device), random_ids(2, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(2, 50).to(captures.device)
     cache, expected = HSACache(model.config), HSACache(model.config)
     module = model.model.get_submodule(place)
 
@@ -315,7 +316,7 @@ def test_a_step_that_failed_is_not_there(captures, place):
 
 
 def test_a_step_that_cannot_be_captured_runs_without(captures, monkeypatch, caplog):
-    model, ids = tiny_model().to(captures.device), random_ids(2, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(2, 50).to(captures.device)
     expected = model.generate(ids, disable_compile=True, **GREEDY)
     monkeypatch.setattr(decoding, "capture", _fail)
     outputs = model.generate(ids, **GREEDY)
@@ -356,7 +357,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_a_model_that_cannot_be_a_graph_is_called_as_it_is(captures, messages, name):
-    model = tiny_model().to(captures.device)
+    model = tiny_model(**SIZES).to(captures.device)
     OBSTACLES[name](model)
     ids = random_ids(2, 50).to(captures.device)
     sequences = model.generate(ids, **GREEDY).sequences
@@ -366,7 +367,7 @@ def test_a_model_that_cannot_be_a_graph_is_called_as_it_is(captures, messages, n
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_without_a_graph_work_as_before(captures, name):
-    model, ids = tiny_model().to(captures.device), random_ids(1, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(1, 50).to(captures.device)
     settings = GREEDY | SETTINGS[name]
     sequences = model.generate(ids, **settings).sequences
     assert captures.count == 0
@@ -381,15 +382,24 @@ def test_neither_flex_nor_full_attention_have_a_graph():
     assert "full attention" in decoding.find_obstacle(model, HSACache(model.config))
 
 
+@pytest.mark.gpu
+def test_what_the_kernels_do_not_take_has_no_graph():
+    for sizes, kind in (({}, "default"), (SIZES, "torch")):
+        model = tiny_model(**sizes).to("cuda")
+        if kind == "torch":
+            model.config.hsa_implementation = "torch"
+        assert "plain PyTorch" in decoding.find_obstacle(model, HSACache(model.config))
+
+
 def test_autocast_has_no_graph(captures, messages):
-    model, ids = tiny_model().to(captures.device), random_ids(1, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(1, 50).to(captures.device)
     with torch.autocast(captures.device, dtype=torch.bfloat16):
         model.generate(ids, **GREEDY)
     assert captures.count == 0 and "autocast" in messages.text
 
 
 def test_a_compile_config_and_a_static_cache_are_those_of_transformers(captures, monkeypatch):
-    model, ids = tiny_model().to(captures.device), random_ids(1, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(1, 50).to(captures.device)
     asked = []
     monkeypatch.setattr(
         HSAForCausalLM.__mro__[1], "get_compiled_call", lambda self, config: asked.append(config) or self.__call__
@@ -403,7 +413,7 @@ def test_a_compile_config_and_a_static_cache_are_those_of_transformers(captures,
 
 
 def test_recorded_outputs_of_an_earlier_call_are_no_obstacle(captures):
-    model, ids = tiny_model().to(captures.device), random_ids(1, 50).to(captures.device)
+    model, ids = tiny_model(**SIZES).to(captures.device), random_ids(1, 50).to(captures.device)
     with torch.no_grad():
         model(ids, output_retrieval=True)
     model.generate(ids, **GREEDY)
