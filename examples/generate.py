@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import TextStreamer, set_seed
+from transformers.utils import logging
 
 from hsa_lab.commands import add_model_flags, at_least, make_parser, run
 from hsa_lab.models import load
@@ -77,6 +78,7 @@ def main() -> None:
     if arguments.prefill_chunk_size is not None:
         options["prefill_chunk_size"] = arguments.prefill_chunk_size
     recorder = RetrievalRecorder(model.base_model if arguments.show_retrieval else None, length - 1)
+    logging.disable_progress_bar()  # HSA models have a bar of their own for prompts; this one is for any model
     with PromptBar(model, length), recorder:
         tokens = model.generate(
             **inputs,

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from configuration_hsa import HSAConfig
 
 from .cache.layer_states import AttentionState
 from .layout import TokenLayout
-from .modules import head_norm
+from .modules import head_norm, rotate
 from .window import window_attention
 
 
@@ -42,7 +42,7 @@ class HSAAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if self.rotates:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         return query, key, value
 
     @property

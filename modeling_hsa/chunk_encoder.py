@@ -101,7 +101,7 @@ class HSAChunkEncoder(nn.Module):
     def encode(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """chunks [N, S, hidden] -> landmarks [N, Hr, d_r], keys and values [N, S, Hkv, D]; no position across."""
         if self.use_cls:
-            chunks = torch.cat([chunks, self.cls_token.to(chunks.dtype).expand(len(chunks), 1, -1)], dim=1)
+            chunks = torch.cat([chunks, self.cls_token.to(chunks.dtype).expand(chunks.shape[0], 1, -1)], dim=1)
         positions = torch.arange(chunks.shape[1], device=chunks.device)[None]
         position_embeddings = self.rotary_emb(chunks, positions)
         for layer in self.layers:

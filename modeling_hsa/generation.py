@@ -2,8 +2,8 @@
 `HSAGenerationMixin`: what `generate` does otherwise for an HSA model than for Llama.
 
 - The cache is an `HSACache` or an `HSAStaticCache`. What can be asked for of a cache is obeyed or refused.
-- Every prompt is read in segments, and what the cache already holds of it is not read again. This holds for sampling,
-  beam search, assisted generation, prompt lookup and negative prompts.
+- Every prompt is read in segments, from the CPU if it is there, and what the cache already holds of it is not read
+  again. This holds for sampling, beam search, assisted generation, prompt lookup and negative prompts.
 - The length of training is no limit.
 - Continuous batching is refused: it brings a cache of its own, of keys and values.
 
@@ -19,13 +19,9 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria, Unbatche
 
 from .cache.hsa_cache import HSACache
 from .cache.static_cache import HSAStaticCache
+from .decoding import current_steps, make_steps
 from .naming import CACHE
 from .prompts import PromptReader
-
-
-# Tokens that `generate` reads at a time. Memory beyond the cache is that of one segment, whatever the length of the
-# prompt.
-PREFILL_CHUNK_SIZE = 4096
 
 
 class HSAGenerationMixin(PromptReader, GenerationMixin):
@@ -123,6 +119,34 @@ class HSAGenerationMixin(PromptReader, GenerationMixin):
             "padded on the left."
         )
 
+    # -- the steps --------------------------------------------------------------------------------------------------
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        **model_kwargs,
+    ):  # fmt: skip
+        """On CUDA the steps after the prompt are a graph where they can be. See `decoding`."""
+        most = getattr(stopping_criteria, "max_length", None)
+        most = None if most is None else most - input_ids.shape[1] - 1
+        steps = make_steps(self, model_kwargs.get(CACHE), generation_config, most, synced_gpus)
+        token = current_steps.set(steps)
+        try:
+            return super()._sample(
+                input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+                generation_config=generation_config, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+            )  # fmt: skip
+        finally:
+            current_steps.reset(token)
+            if steps is not None:
+                steps.finish()
+
+    def _own_steps(self):
+        steps = current_steps.get()
+        return steps if steps is not None and steps.model is self else None
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        return self._own_steps() is not None or super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     # -- the length -------------------------------------------------------------------------------------------------
 
     # `config.max_position_embeddings` is the length of training and no limit, as Transformers takes it to be: it cuts
@@ -197,14 +221,17 @@ class HSAGenerationMixin(PromptReader, GenerationMixin):
             # Assisted generation starts with the whole prompt, whatever the cache holds of it.
             if mask.shape[1] == input_ids.shape[1]:
                 next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
+        for name in ("input_ids", "inputs_embeds", "position_ids"):
+            if inputs.get(name) is not None:
+                inputs[name] = self._on_device(inputs[name])
+        return inputs
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        segment = self._segment_length(generation_config)
         for processor in processors:
-            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and segment is not None:
-                self._read_negative_prompt(processor.unconditional_context, segment)
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                self._read_negative_prompt(processor.unconditional_context, generation_config)
         return processors

@@ -113,7 +113,7 @@ class HSARetrievalLayer(HSALayer):
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.config.head_dim)))  # [B, L, Hq, D]
         query, weights = query.to(attention_dtype(query)), retrieved.weights
         keys, values, indices = memory.fetch(retrieved.indices)
-        if len(indices) != batch:  # the memory merged the rows into one
+        if indices.shape[0] != batch:  # the memory merged the rows into one
             query = query.flatten(0, 1)[None]
             weights = None if weights is None else weights.flatten(0, 1)[None]
         keys, values = (x.to(query.dtype).flatten(1, 2) for x in (keys, values))

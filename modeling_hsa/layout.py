@@ -116,7 +116,12 @@ class TokenLayout:
         return replace(self, **moved, before=RowState(*(x.to(device) for x in self.before)), shared={})
 
     def share(self, key: tuple, make: Callable):
-        """`make()`, made once for all layers that ask for `key`."""
+        """
+        `make()`, made once for all layers that ask for `key`. Compiled code makes it in every layer: compiled layer by
+        layer, the first one would else be another function than the others, and in one graph the compiler finds it.
+        """
+        if torch.compiler.is_compiling():
+            return make()
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
@@ -137,6 +142,14 @@ class TokenLayout:
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Undoes `align`."""
         return x if self.order is None else _permute_tokens(x, self.order.argsort(dim=-1))
+
+
+def make_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """
+    `x.contiguous()`. Compiled code copies: whether x is contiguous, as a slice is if it is all there is, would be a
+    question about its lengths, and the code would hold for those with the same answer.
+    """
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x.contiguous()
 
 
 def _permute_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -166,7 +179,7 @@ def build_layout(
     is_cached, past = past is not None, past or Past()
     if past.is_step:
         return _step_layout(batch, position_ids, chunk_size, past.rows)
-    real = _new_columns(attention_mask, batch, past.columns, length)
+    real = _new_columns(attention_mask, batch, past.columns, length, device)
     right_aligned = contiguous = real is None
     if real is not None and not torch.compiler.is_compiling():  # compiled, rows count as padded in any way
         # The one place that looks at the values of the mask; on an accelerator this waits for them.
@@ -192,8 +205,8 @@ def build_layout(
     return layout
 
 
-def _new_columns(attention_mask, batch: int, columns: int, length: int):
-    """The columns of the mask that belong to this call, as bool [B, L]."""
+def _new_columns(attention_mask, batch: int, columns: int, length: int, device: torch.device):
+    """The columns of the mask, which may be elsewhere, that belong to this call, as bool [B, L] on `device`."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor):
@@ -203,7 +216,7 @@ def _new_columns(attention_mask, batch: int, columns: int, length: int):
             f"`attention_mask` must have the shape [{batch}, {columns + length}] (batch, cached + new tokens), got "
             f"{list(attention_mask.shape)}. Masks of other shapes have no meaning for a model that selects chunks."
         )
-    return attention_mask[:, columns:] != 0
+    return attention_mask[:, columns:].to(device) != 0
 
 
 def _step_layout(batch: int, position_ids: torch.Tensor | None, chunk_size: int, before: RowState) -> TokenLayout:
@@ -286,12 +299,14 @@ def cut_chunks(hidden_states: torch.Tensor, layout: TokenLayout, chunk_size: int
     batch, total, dim = hidden_states.shape
     length = layout.length
     if layout.is_step:  # of the last S tokens, whether they are a chunk or not
-        return hidden_states[:, None]
+        return hidden_states[:, None, -chunk_size:]
     if layout.past is not None:
         rest = layout.past % chunk_size
         n = (rest + length) // chunk_size
         start = total - length - rest
-        return hidden_states[:, start : start + n * chunk_size].unflatten(1, (n, chunk_size))
+        if torch.compiler.is_compiling():  # so that the chunks are never all there is: see `make_contiguous`
+            hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, 0, chunk_size))
+        return make_contiguous(hidden_states[:, start : start + n * chunk_size]).unflatten(1, (n, chunk_size))
     ends = layout.chunk_end
     # Without earlier tokens a bound is known; with them the device is asked, as few calls complete a chunk.
     n = length // chunk_size if total == length else int(ends.sum(1).max())

@@ -42,16 +42,18 @@ from .cache.memory import CallMemory
 from .chunk_encoder import HSAChunkEncoder
 from .config_guard import ConfigGuard
 from .copies import is_hsa_config
-from .generation import PREFILL_CHUNK_SIZE, HSAGenerationMixin
+from .generation import HSAGenerationMixin
 from .hub import save_code
 from .inputs import LOSS_KEYWORDS, check_head_inputs, check_inputs
 from .kinds import LAYER_KINDS
 from .layers import HSALayer
 from .layout import Past, TokenLayout, build_layout
+from .linears import fast_linears
 from .modules import HSARMSNorm, HSARotaryEmbedding
 from .naming import CACHE, takes_cache
 from .parallel import check_parallelism
 from .retrieval import ChunkRetrieval, HSARetrieval
+from .segments import AUTO
 
 
 logger = logging.get_logger(__name__)
@@ -214,7 +216,8 @@ class HSAModel(HSAPreTrainedModel):
             position_ids=position_ids,
             past=self._begin(past_key_values, inputs_embeds.shape[1], attention_mask, position_ids),
         )
-        hidden_states = self._decode(inputs_embeds, layout, past_key_values, **kwargs)
+        with fast_linears(inputs_embeds, self.layers):
+            hidden_states = self._decode(inputs_embeds, layout, past_key_values, **kwargs)
         if past_key_values is not None:
             past_key_values.finish(layout)
             if commits:
@@ -265,7 +268,7 @@ class HSAForCausalLM(HSAPreTrainedModel, HSAGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.generation_config.prefill_chunk_size = PREFILL_CHUNK_SIZE
+        self.generation_config.prefill_chunk_size = AUTO
 
     @takes_cache
     @can_return_tuple
@@ -325,6 +328,10 @@ class HSAForCausalLM(HSAPreTrainedModel, HSAGenerationMixin):
             attentions=outputs.attentions,
             retrieval=outputs.retrieval,
         )
+
+    def get_compiled_call(self, compile_config):
+        """What `generate` calls for a step, where `_valid_auto_compile_criteria` says so."""
+        return self._own_steps() or super().get_compiled_call(compile_config)
 
 
 class HSAForSequenceClassification(GenericForSequenceClassification, HSAPreTrainedModel):

@@ -32,13 +32,22 @@ class HSARotaryEmbedding(LlamaRotaryEmbedding):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids [n, L] -> cos and sin [n, L, D] in the dtype of x."""
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
-        angles = position_ids[..., None].to(wide) * self.inv_freq.to(device=x.device, dtype=wide)
-        angles = torch.remainder(angles, 2 * torch.pi).float()
-        angles = torch.cat((angles, angles), dim=-1)
+        """position_ids [n, L] -> cos and sin [n, L, D] for `rotate`, in the dtype of x."""
+        # Apple's GPUs have no fp64.
+        device = torch.device("cpu") if x.device.type == "mps" else x.device
+        angles = position_ids.to(device)[..., None].double() * self.inv_freq.to(device=device, dtype=torch.float64)
+        angles = torch.remainder(angles, 2 * torch.pi).float().to(x.device)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    RoPE as in Llama, in three kernels instead of five: x [B, H, L, D], cos and sin [n, L, D], the first half of sin
+    with the sign that rotating by half would give to x.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class HSAMLP(nn.Module):

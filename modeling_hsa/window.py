@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
-from .layout import TokenLayout
+from .layout import TokenLayout, make_contiguous
 from .precision import attention_dtype
 
 
@@ -118,6 +118,8 @@ def _without_unseen_keys(call: Call) -> Call:
         return call
 
     def find_unseen() -> torch.Tensor:
+        if call.layout.is_step:
+            return ~_ring_mask(call)[..., None]
         slot = torch.arange(earlier, call.num_keys, device=call.key.device)
         first = (slot - _aligned_reach(call)).amin(1)
         return (torch.arange(call.num_keys, device=first.device) < first[:, None])[:, None, :, None]
@@ -134,7 +136,10 @@ def _attend_with_one_mask(call: Call) -> Output:
     call = _without_unseen_keys(call)
 
     def make_mask() -> torch.Tensor:
-        mask = _window_mask(_aligned_reach(call), call.num_keys - call.length, call.num_keys)
+        if call.layout.is_step:
+            mask = _ring_mask(call)[:, :, None]
+        else:
+            mask = _window_mask(_aligned_reach(call), call.num_keys - call.length, call.num_keys)
         return _as_mask(mask, call.module, call.query)
 
     mask = call.layout.share(("all", *call.mask_key), make_mask)
@@ -145,7 +150,8 @@ def _attend_in_blocks(call: Call) -> Output:
     """Blocks of queries as rows of a batch, each with the keys of its own span and of the W - 1 tokens before."""
     call = _without_unseen_keys(call)
     window, block, length = call.window, call.block, call.length
-    num_blocks = -(-length // block)
+    # Compiled code has a block more, so that the tokens are never all there is: see `make_contiguous`.
+    num_blocks = length // block + 1 if torch.compiler.is_compiling() else -(-length // block)
     span = block + window - 1
     pad = torch.nn.functional.pad
     query = pad(call.query, (0, 0, 0, num_blocks * block - length))
@@ -164,7 +170,7 @@ def _attend_in_blocks(call: Call) -> Output:
     mask = call.layout.share(("blocks", *call.mask_key), make_mask)
     output, _ = call.attention(call.module, query, key, value, mask, **call.kwargs)
     output = output.view(batch, num_blocks * block, *output.shape[2:])[:, :length]
-    return output.contiguous(), None  # as tensor parallelism takes it for granted
+    return make_contiguous(output), None  # as tensor parallelism takes it for granted
 
 
 def _aligned_reach(call: Call) -> torch.Tensor:
@@ -259,10 +265,21 @@ def _window_mask(reach: torch.Tensor, offset: int, keys: int) -> torch.Tensor:
     return ((back >= 0) & (back <= reach[..., None]))[:, None]
 
 
+def _ring_mask(call: Call) -> torch.Tensor:
+    """
+    bool [n, 1, slots], for a step: which slots of a `TokenRing` its token sees. The one `back` tokens before it is in
+    slot `-1 - (position - back) % slots`.
+    """
+    layout, slots = call.layout, call.num_keys
+    back = (layout.position + 1 + torch.arange(slots, device=layout.device)) % slots
+    return (back <= layout.reach(call.window))[:, None]
+
+
 def _as_mask(mask: torch.Tensor, module: nn.Module, query: torch.Tensor):
     """The mask in the form the attention implementation takes: bool, additive for eager, a `BlockMask` for flex."""
     implementation = module.config._attn_implementation
-    if implementation == "eager":
+    # A bool one of `sdpa` would be made additive in every layer, which counts where there is one token.
+    if implementation == "eager" or implementation == "sdpa" and mask.shape[-2] == 1:
         return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
             ~mask, torch.finfo(query.dtype).min
         )

@@ -25,20 +25,25 @@ class Reader:
 
     Args:
         model: a causal language model.
-        segment: tokens read at a time; 0 for all at once.
+        segment: tokens read at a time; 0 for all at once, None for what the model reads at a time by itself.
         offload: whether the memory of what was read is kept on the CPU. For HSA models.
     """
 
     can_offload = False
     cache_name = CACHE
 
-    def __init__(self, model: PreTrainedModel, segment: int = SEGMENT, offload: bool = False):
+    def __init__(self, model: PreTrainedModel, segment: int | None = None, offload: bool = False):
         if offload and not self.can_offload:
             raise ValueError(f"`--offload` is for HSA models, not for {model.config.model_type!r}: leave it out")
         self.model, self.segment, self.offload = model, segment, offload
         parameters = inspect.signature(model.forward).parameters
         keeps_logits = "logits_to_keep" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.one_logit = {"logits_to_keep": 1} if keeps_logits else {}
+
+    def segment_of(self, input_ids: torch.Tensor) -> int:
+        """How many tokens of `input_ids` [B, L] to read at a time."""
+        segment = SEGMENT if self.segment is None else self.segment
+        return segment or input_ids.shape[1]
 
     def make_cache(self, tokens: int):
         """An empty cache with room for `tokens`; None: the model makes it."""
@@ -58,8 +63,9 @@ class Reader:
         length = input_ids.shape[1]
         if length == 0:
             return None
-        cache = self.make_cache(length + self.segment)
-        for part in input_ids.split(self.segment or length, dim=1):
+        segment = self.segment_of(input_ids)
+        cache = self.make_cache(length + segment)
+        for part in input_ids.split(segment, dim=1):
             output = self.model(part, **{self.cache_name: cache}, use_cache=True, **self.one_logit)
             cache = output.get(self.cache_name)
             if cache is None:
@@ -90,7 +96,7 @@ class Reader:
         cache = self.read(input_ids[:, :start])
         losses = []
         pairs = input_ids[:, start:].unfold(1, 2, 1)  # [B, count, 2]: token and next one
-        for part in pairs.split(self.segment or count, dim=1):
+        for part in pairs.split(min(self.segment_of(input_ids), SEGMENT), dim=1):  # with all logits
             output = self.model(part[..., 0], **{self.cache_name: cache}, use_cache=True)
             cache = output[self.cache_name]
             losses.append(torch.nn.functional.cross_entropy(output.logits.float().mT, part[..., 1], reduction="none"))
@@ -183,11 +189,14 @@ class HSAReader(Reader):
     can_offload = True
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, segment: int = SEGMENT, offload: bool = False):
+    def __init__(self, model: PreTrainedModel, segment: int | None = None, offload: bool = False):
         super().__init__(model, segment, offload)
         # The class is that of the code the model came with, which need not be an installed package.
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.cache_class = type(model(token, use_cache=True)[CACHE])
+
+    def segment_of(self, input_ids: torch.Tensor) -> int:
+        return self.model.prefill_segment(*input_ids.shape) if self.segment is None else super().segment_of(input_ids)
 
     def make_cache(self, tokens: int):
         cache = self.cache_class(self.model.config, offloading=self.offload)
@@ -210,7 +219,7 @@ class FlaReader(Reader):
 READERS = {"hsa": HSAReader, "nsa": FlaReader}  # by model type
 
 
-def make_reader(model: PreTrainedModel, segment: int = SEGMENT, offload: bool = False) -> Reader:
+def make_reader(model: PreTrainedModel, segment: int | None = None, offload: bool = False) -> Reader:
     """The reader of the model's family."""
     return READERS.get(model.config.model_type, Reader)(model, segment, offload)
 

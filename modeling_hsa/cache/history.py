@@ -66,6 +66,12 @@ class TokenHistory(State):
         self._note_dropped()
         return self.tokens
 
+    def put(self, stream: torch.Tensor, added: int) -> None:
+        """Makes `stream` the content, of which the last `added` tokens of each row are new."""
+        self.added = self.added + added
+        self._store(stream)
+        self._note_dropped()
+
     def _store(self, stream: torch.Tensor, room: int = 64) -> None:
         """Makes the end of `stream` the content, with room for as much again and `room` more tokens."""
         keep_all = self.recording or self.keep is None

@@ -103,6 +103,7 @@ class HSACache(Cache):
         self.is_unattached = False  # of a session: until the model is there
         self._before: dict[str, dict] | None = None  # during a call: what the states were at its start
         self._layout: TokenLayout | None = None  # of a call that is finished and not yet committed
+        self.lent_to = None  # a [`DecodeSteps`] that goes on from here, and gives back what it adds
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokens={self.get_seq_length()}, chunks={self.memory.num_chunks})"
@@ -244,7 +245,9 @@ class HSACache(Cache):
             self._layout = self._before = None
 
     def settle(self) -> None:
-        """Takes back what a call that failed half way has done."""
+        """Takes back what a call that failed half way has done, and what was lent."""
+        if self.lent_to is not None:
+            self.lent_to.finish()
         if self._before is not None:
             self.load_state_dict(self._before)
         self._layout = self._before = None

@@ -46,10 +46,10 @@ class AttentionState(LayerState):
     def update(self, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Adds key and value [B, Hkv, L, D] in aligned order. Returns those that the new tokens can see, [B, Hkv, up to
-        window - 1 + L, D], right-aligned.
+        window - 1 + L, D], right-aligned; for a step those of a ring, [B, Hkv, slots, D].
         """
         streams = self.keys.append(key, layout), self.values.append(value, layout)
-        if self.window is None:
+        if self.window is None or layout.is_step:
             return streams
         visible = self.window - 1 + layout.length
         return tuple(x[..., max(0, x.shape[-2] - visible) :, :] for x in streams)

@@ -49,7 +49,8 @@ class TokenRing(State):
         new ones, right-aligned; for a step [B, ..., slots, D].
         """
         if layout.is_step:
-            slot = self._slot(layout.position.to(new.device)).view(-1, *[1] * (new.dim() - 1))
+            slot = layout.share(("slot", self.slots), lambda: self._slot(layout.position))
+            slot = slot.view(-1, *[1] * (new.dim() - 1))
             self.buffer.scatter_(-2, slot.expand_as(new), new.detach().to(self.buffer.dtype))
             stream = self.tokens(layout.position) if self.ordered else self.buffer
             # The next step writes into the storage, which backward of this one may still have to read.
@@ -61,13 +62,17 @@ class TokenRing(State):
             stream = torch.cat([tokens.to(new.dtype), new], dim=-2)
             if layout.counts is not None:
                 stream = close_gaps(stream, new.shape[-2], layout.counts)
-        position = layout.after.position[:, None].to(new.device)
-        back = (position - self._slot(torch.arange(self.slots, device=new.device))) % self.slots
-        # Of a row with fewer tokens than slots, the rest is never looked at: zeros, as what is there is arbitrary.
-        pending = gather_tokens(stream.detach(), (stream.shape[-2] - 1 - back).clamp(min=0).expand(len(new), -1))
-        absent = (back > position).view(-1, *[1] * (new.dim() - 3), self.slots, 1)
-        self.pending = pending.masked_fill(absent, 0)
+        self.pending = self.laid_out(stream.detach(), layout.after.position[:, None].to(new.device))
         return stream
+
+    def laid_out(self, stream: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """What the ring holds after the tokens `stream` [B, ..., N, D], the last one at `position` [n, 1]."""
+        back = (position - self._slot(torch.arange(self.slots, device=stream.device))) % self.slots
+        last = stream.shape[-2] - 1
+        tokens = gather_tokens(stream, (last - back).clamp(min=0).expand(len(stream), -1))
+        # Of a row with fewer tokens than slots, the rest is never looked at: zeros, as what is there is arbitrary.
+        absent = (back > position).view(-1, *[1] * (stream.dim() - 3), self.slots, 1)
+        return tokens.masked_fill(absent, 0)
 
     def commit(self, layout) -> None:
         if self.pending is None:

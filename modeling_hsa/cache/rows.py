@@ -48,6 +48,17 @@ class Rows(State):
         columns = layout.is_real.expand(batch, -1).long()[..., None]
         self.last_columns.extend(layout.restore(columns))
 
+    def advance(self, start: int, steps: int) -> None:
+        """After the first `start` columns, `steps` calls of one token per row went through, within documents."""
+        self.num_columns = start + steps
+        if self.tokens is not None:
+            self.tokens += steps
+            return
+        last = self.last_tokens.tokens[:, -1:]
+        number = torch.arange(1, steps + 1, device=last.device)[:, None]
+        self.last_tokens.extend(last + number * torch.tensor([1, 0, 1], device=last.device))
+        self.last_columns.extend(self.last_columns.tokens.new_ones(len(last), steps, 1))
+
     def _start_record(self, batch: int, device: torch.device) -> None:
         """Writes down where the rows have stood so far, as they differ from now on."""
         history = self.last_tokens

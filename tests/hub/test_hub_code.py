@@ -92,8 +92,8 @@ def test_folder_holds_weights_configuration_and_code(folder):
 
 def test_long_prompts_are_read_in_segments_by_default(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "generation_config.json").read_text())["prefill_chunk_size"] == 4096
-    assert HSAForCausalLM.from_pretrained(tmp_path).generation_config.prefill_chunk_size == 4096
+    assert json.loads((tmp_path / "generation_config.json").read_text())["prefill_chunk_size"] == "auto"
+    assert HSAForCausalLM.from_pretrained(tmp_path).generation_config.prefill_chunk_size == "auto"
 
 
 def test_weights_are_sharded_where_they_exceed_the_size(model, tmp_path):

@@ -61,6 +61,61 @@ def test_training_on_rows_of_any_length_needs_two_graphs(model):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("layer_by_layer", [True, False])
+def test_any_length_is_trained_with_the_graphs_of_two(layer_by_layer):
+    """The second is for any length, also one that fills its last chunk or block, or of another power of two."""
+    model, expected_of = make_variant("default").train(), make_variant("default").train()
+    forward = model if layer_by_layer else compiled(model)
+    if layer_by_layer:
+        for module in (*model.model.layers, model.model.chunk_encoder):
+            module.compile(fullgraph=True, backend="aot_eager")
+    kinds = 3 if layer_by_layer else 1  # window layers, HSA layers, the encoder
+    torch._dynamo.utils.counters.clear()
+    for length in (200, 176, 190, 512, 333):
+        ids = random_ids(2, length)
+        expected = loss_and_gradients(expected_of, expected_of, ids)
+        for x, y in zip(loss_and_gradients(model, forward, ids), expected):
+            assert relative_error(x, y) <= SAME_ARITHMETIC
+    assert graphs() == 2 * kinds
+
+
+@torch.no_grad()
+def test_prompts_are_read_layer_by_layer_in_few_graphs():
+    model, plain = make_variant("default"), make_variant("default")
+    for module in (*model.model.layers, model.model.chunk_encoder):
+        module.compile(fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    counts = []
+    for _ in range(2):
+        ids = random_ids(1, 1200)
+        logits, _ = read(model, ids, [200])
+        assert relative_error(logits, read(plain, ids, [200])[0]) <= SAME_ARITHMETIC
+        counts.append(graphs())
+    assert counts[0] <= 9 and counts[1] == counts[0]  # and none for another prompt
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_is_exported_for_any_length(model, strict):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    lengths = {"ids": {1: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(Logits(), (random_ids(2, 200),), dynamic_shapes=lengths, strict=strict).module()
+    for length in (200, 176, 190, 512):
+        ids = random_ids(2, length)
+        assert relative_error(exported(ids), model(ids, use_cache=False).logits) <= OTHER_ORDER
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_cache_that_compiled_code_made_can_be_continued(model, layout):

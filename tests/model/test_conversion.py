@@ -225,7 +225,7 @@ def test_dtype_mode_and_generation_config_are_kept():
     assert model.dtype == torch.bfloat16 and model.training and model.config._attn_implementation == "eager"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.generation_config.temperature == 0.3 and model.generation_config.eos_token_id == [5, 6]
-    assert model.generation_config.prefill_chunk_size == 4096
+    assert model.generation_config.prefill_chunk_size == "auto"
     assert model.generation_config is not source.generation_config
     source.generation_config.prefill_chunk_size = 32
     assert convert(source).generation_config.prefill_chunk_size == 32

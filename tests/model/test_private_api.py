@@ -52,7 +52,13 @@ SIGNATURES = [
         "5.17": "self generation_config input_ids_seq_length encoder_input_ids prefix_allowed_tokens_fn "
                 "logits_processor device model_kwargs negative_prompt_ids negative_prompt_attention_mask",
     }),
+    (GenerationMixin, "_sample", {
+        "5.17": "self input_ids logits_processor stopping_criteria generation_config synced_gpus streamer "
+                "model_kwargs",
+    }),
+    (GenerationMixin, "_valid_auto_compile_criteria", {"5.17": "self model_kwargs generation_config"}),
     # Public, but called by Transformers alone.
+    (PreTrainedModel, "get_compiled_call", {"5.17": "self compile_config"}),
     (GenerationMixin, "prepare_inputs_for_generation", {
         "5.17": "self input_ids next_sequence_length past_key_values attention_mask inputs_embeds is_first_iteration "
                 "kwargs",
@@ -104,7 +110,8 @@ MASK_LENGTH = "_mask_length"
 
 # Private parts of PyTorch, which has a range of its own.
 OF_PYTORCH = {
-    "_are_functorch_transforms_active", "_assert_async", "_current_level", "_dynamo", "_functorch", "_parameters",
+    "_are_functorch_transforms_active", "_assert_async", "_compiled_call_impl", "_current_level", "_dynamo",
+    "_forward_hooks", "_forward_pre_hooks", "_functorch", "_linear_pointwise", "_orig_mod", "_parameters",
 }  # fmt: skip
 
 

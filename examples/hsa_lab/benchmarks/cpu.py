@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from configuration_hsa import HSAConfig
-from modeling_hsa.modeling_hsa import PREFILL_CHUNK_SIZE
 
 from ..plots import draw_scaling
 from ..reading import CACHE
@@ -163,7 +162,8 @@ class Cpu:
     def run(self) -> None:
         arguments, measurements = self.arguments, []
         parameters = {name: build(name, HSAConfig(**CONFIG)).num_parameters() for name in arguments.models}
-        results = {"parameters": parameters, "prefill_chunk_size": PREFILL_CHUNK_SIZE, "measurements": measurements}
+        segment = build("hsa", HSAConfig(**CONFIG)).prefill_segment()
+        results = {"parameters": parameters, "prefill_chunk_size": segment, "measurements": measurements}
         header = ("model", "what", "tokens", "ms", "ms/1K tok", "peak MiB", "cache MiB", "beyond it")
         print("{:6} {:9} {:>7} {:>10} {:>10} {:>9} {:>10} {:>11}".format(*header))
         for what in arguments.what:

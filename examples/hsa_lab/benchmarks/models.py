@@ -1,12 +1,13 @@
 """
 Training, prefill and decoding of the default HSA model and of a Llama of the same size, on a GPU.
 
-    python examples/benchmark.py models --output benchmarks/results/gpu --parts models prefill decode static
+    python examples/benchmark.py models --output benchmarks/results/gpu --parts models prefill decode generate static
 
 `models`: forward and backward of the loss (no optimizer), `--compile` for `torch.compile`. `prefill`: reading a prompt
-of one row into a cache (HSA: in segments, as `generate` does it). `decode`: one token at a time after it. `static`: as
-`decode`, with a static cache and a compiled step, HSA only. Prints every row and writes models.json, with
-hardware and versions, and a plot. `--device cpu --toy` runs the same on tiny models.
+of one row into a cache (HSA: in segments, as `generate` does it), and `segments` in others. `decode`: one token at a
+time after it, by calls of the model. `generate`: by `generate`, which makes a graph of the steps of an HSA model, and
+without it. `static`: as `decode`, with a static cache and a compiled step, HSA only. Prints every row and writes
+models.json, with hardware and versions, and a plot. `--device cpu --toy` runs the same on tiny models.
 
 Model FLOPs of a training step are three times those of the forward, which are: 2 per token and element of every weight
 matrix (of tied embeddings, once, as the head; recomputation and the CLS token of a chunk do not count); 4 D per query
@@ -15,6 +16,8 @@ done per second, over the measured speed of a matmul (`mfu`) and over the 989e12
 SXM (`mfu_of_h100_peak`).
 """
 
+import statistics
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,10 +25,10 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from configuration_hsa import HSAConfig
 from modeling_hsa import HSAForCausalLM, HSAStaticCache
-from modeling_hsa.modeling_hsa import PREFILL_CHUNK_SIZE
 
 from ..models import count_parameters, llama_like
 from ..plots import draw_scaling
@@ -44,6 +47,7 @@ PLOTS = {
         ("prefill", "ms", "reading a prompt, ms"),
         ("prefill", "beyond_cache_mib", "memory for it beyond the cache, MiB"),
         ("decode", "ms_per_token", "decoding, ms per token"),
+        ("generate", "ms_per_token", "generate, ms per token"),
         ("static", "ms_per_token", "decoding, static cache, ms per token"),
     ],
 }
@@ -70,7 +74,7 @@ def build(name: str, config: HSAConfig, seed: int = 0) -> PreTrainedModel:
 
 def make_prompt_reader(model: PreTrainedModel) -> Reader:
     """Reads as `generate` does: an HSA model in segments, a Llama all at once."""
-    return make_reader(model, PREFILL_CHUNK_SIZE if model.config.model_type == "hsa" else 0)
+    return make_reader(model, None if model.config.model_type == "hsa" else 0)
 
 
 def cache_bytes(cache) -> int:
@@ -148,8 +152,9 @@ def measure_step(timer: Timer, limits: dict, model, step_model, input_ids) -> di
 
 
 @torch.inference_mode()
-def measure_prefill(timer: Timer, model, input_ids) -> dict:
-    reader = make_prompt_reader(model)
+def measure_prefill(timer: Timer, model, input_ids, segment: int | None = None) -> dict:
+    """`segment`: tokens read at a time; None: as `generate` does."""
+    reader = make_prompt_reader(model) if segment is None else make_reader(model, segment)
     reader.read(input_ids[:, :4096])
     ms = timer.median_ms(lambda: reader.read(input_ids), repeats=3)
     # The cache is no tensor, so its memory is not that of a result: it is in `extra`.
@@ -172,11 +177,40 @@ def measure_decode(timer: Timer, model, input_ids, steps: int) -> dict:
     return {"ms_per_token": timer.clock_ms(lambda: decode(steps)) / steps}
 
 
+class TokenClock(BaseStreamer):
+    """Notes when `generate` hands over the prompt and each token, for which it waits for the device."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def measure_generate(timer: Timer, model, input_ids, steps: int, **options) -> dict:
+    """
+    Greedy tokens by `generate`, after a prompt that was read before: the median of the later ones, and what the first
+    ones take, among which a graph is captured.
+    """
+    cache = make_prompt_reader(model).read(input_ids[:, :-1])
+    clock = TokenClock()
+    model.generate(
+        input_ids, **{CACHE: cache}, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0,
+        streamer=clock, **options,
+    )  # fmt: skip
+    ms = [1e3 * (after - before) for before, after in zip(clock.times[1:], clock.times[2:])]
+    first = len(ms) // 8
+    return {"ms_per_token": statistics.median(ms[first:]), "mean_ms": statistics.mean(ms), "first_ms": sum(ms[:first])}
+
+
 # -- the benchmark --
 
 
 class Models(Benchmark):
-    name, parts = "models", ("models", "prefill", "decode", "static")
+    name, parts = "models", ("models", "prefill", "segments", "decode", "generate", "static")
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -246,6 +280,22 @@ class Models(Benchmark):
     def measure_decode(self) -> Iterator[dict]:
         return self.measure_generation(partial(measure_decode, steps=self.steps))
 
+    def measure_generate(self) -> Iterator[dict]:
+        """By `generate` as it is, and without the graph of its steps."""
+        for options in ({}, {"disable_compile": True}):
+            for row in self.measure_generation(partial(measure_generate, steps=4 * self.steps, **options)):
+                yield row | options
+
+    def measure_segments(self) -> Iterator[dict]:
+        """Reading a prompt in segments of other lengths than `generate` takes by itself, which is the last one."""
+        for length in self.contexts:
+            model = self.build("hsa").eval()
+            input_ids = self.input_ids(model, 1, length)
+            automatic = model.prefill_segment(1, length)
+            for segment in (32,) if self.arguments.toy else (4096, 8192, 32768, 65536, automatic):
+                row = {"model": "hsa", "length": length, "segment": segment, "automatic": segment == automatic}
+                yield row | self.timer.attempt(measure_prefill, self.timer, model, input_ids, segment)
+
     def measure_static(self) -> Iterator[dict]:
         """
         Decoding as in `decode`, by one compiled step: CUDA graphs of it, and a static cache with room for the longest
@@ -266,7 +316,7 @@ class Models(Benchmark):
         for length in self.contexts:
             cache.reset()
             with torch.no_grad():
-                for segment in self.input_ids(model, 1, length).split(PREFILL_CHUNK_SIZE, dim=1):
+                for segment in self.input_ids(model, 1, length).split(model.prefill_segment(1, length), dim=1):
                     model(segment, **{CACHE: cache}, logits_to_keep=1)
             first = timer.clock_ms(lambda: decode(8))
             row = {"model": "hsa", "length": length, "max_length": cache.max_length}
@@ -280,6 +330,7 @@ class Models(Benchmark):
                 for row in rows.get(part, []):
                     if row.get(field) is not None:
                         label = row["model"] + (", compiled" if row.get("compile") == "on" else "")
+                        label += ", without a graph" if row.get("disable_compile") else ""
                         x, y = panels.setdefault(title, {}).setdefault(label, ([], []))
                         x.append(row["length"])
                         y.append(row[field])

@@ -24,7 +24,7 @@ from ..chat_rows.splits import SPLITS
 from ..commands import add_model_flags, at_least, refuse_results, text_file
 from ..models import load
 from ..plots import draw_depths
-from ..reading import SEGMENT, make_reader, retrieval_recall
+from ..reading import make_reader, retrieval_recall
 from ..results import Results, short, summarise
 from ..tokens import read_haystack
 
@@ -106,7 +106,9 @@ class Evaluation:
                 help="whether prompts are messages of a chat; auto: where the tokenizer has a chat template",
             )  # fmt: skip
         group.add_argument(
-            "--segment", type=at_least(0), default=SEGMENT, help="tokens of a prompt read at a time; 0: all at once"
+            "--segment",
+            type=at_least(0),
+            help="tokens of a prompt read at a time; 0: all at once; else by the model",
         )
         group.add_argument("--offload", action="store_true", help="keep the chunk memory of an HSA model on the CPU")
 
