@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -150,8 +151,6 @@ def merge(model: HSAForCausalLM, tensors: dict[str, torch.Tensor], scale: float)
 
 def write_model(source: Path, output: Path, given: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the whole model of a packed adapter, with tokenizer, card and results, to `output`. See `fetch_base`."""
-    import shutil
-
     description = json.loads((source / DESCRIPTION).read_text())
     with tempfile.TemporaryDirectory() as folder:
         file = fetch_base(description["base"], Path(folder), given)
