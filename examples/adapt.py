@@ -54,6 +54,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--gradient_accumulation_steps", type=at_least(1), default=1, help="micro-batches of a process in a batch")
     add("--logits_at_once", type=at_least(1), default=4096, help="tokens whose logits are in memory")
     add("--workers", type=at_least(0), default=2, help="processes that make batches")
+    add("--save_minutes", type=float, default=5, help="between checkpoints, beside that at the end")
     add("--log_every", type=at_least(1), default=25, help="batches")
     add("--compile", action="store_true", help="compile each kind of layer, which takes up to a minute a stage")
     for command in commands.values():

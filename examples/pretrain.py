@@ -40,6 +40,7 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--attn_implementation", help="sdpa, flex_attention, ...; by default that of the model")
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that make batches")
+    parser.add_argument("--save_minutes", type=float, default=10, help="between checkpoints, beside that at the end")
     parser.add_argument("--log_every", type=at_least(1), default=50, help="batches")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file of the model's weights")
     parser.add_argument(

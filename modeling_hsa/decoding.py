@@ -87,7 +87,8 @@ def _change(module: nn.Module) -> str | None:
 
 def make_steps(model, cache, generation_config, most: int | None, synced: bool) -> "DecodeSteps | None":
     """The steps of a `generate` with at most `most` of them (None: any number), if they may be a graph."""
-    is_wanted = not (generation_config.disable_compile or generation_config.compile_config is not None or synced)
+    is_wanted = model.captures_steps and not synced
+    is_wanted = is_wanted and not generation_config.disable_compile and generation_config.compile_config is None
     enough = most is None or most >= _LEAST_STEPS
     if is_wanted and enough and type(cache) is HSACache and model.device.type in _DEVICES:
         return DecodeSteps(model, cache, most)

@@ -27,6 +27,9 @@ from .prompts import PromptReader
 class HSAGenerationMixin(PromptReader, GenerationMixin):
     """`GenerationMixin` for HSA models. The model has its decoder without a head as `self.model`."""
 
+    # Whether `generate` captures its steps as a CUDA graph (see `decoding`), which no GPU has run yet.
+    captures_steps = False
+
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         # Transformers knows the cache by the one name or the other, and warns of the older one.
@@ -125,7 +128,7 @@ class HSAGenerationMixin(PromptReader, GenerationMixin):
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
         **model_kwargs,
     ):  # fmt: skip
-        """On CUDA the steps after the prompt are a graph where they can be. See `decoding`."""
+        """With `captures_steps`, the steps after the prompt are a CUDA graph where they can be. See `decoding`."""
         most = getattr(stopping_criteria, "max_length", None)
         most = None if most is None else most - input_ids.shape[1] - 1
         steps = make_steps(self, model_kwargs.get(CACHE), generation_config, most, synced_gpus)

@@ -23,6 +23,7 @@ from hsa_lab.adaptation.low_rank import (
     save_adapter,
 )
 from hsa_lab.adaptation.recipe import rate_at, read_recipe
+from hsa_lab.adaptation.run import Run
 from hsa_lab.adaptation.student import Student, Teacher
 from hsa_lab.chat_rows.mixture import Materials
 from hsa_lab.chat_rows.rows import ANSWER
@@ -325,7 +326,7 @@ def test_a_run_trains_logs_and_saves(folder, run):
 
 def test_a_run_that_was_stopped_goes_on_the_same(folder, run, tmp_path):
     train(folder, tmp_path, "--max_seconds", "0")
-    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    state = json.loads((next(tmp_path.glob("checkpoint-*")) / "state.json").read_text())
     assert (state["stage"], state["batch"], state["tokens"]) == (0, 1, 1536)
     with pytest.raises(ValueError, match="--resume"):
         train(folder, tmp_path)
@@ -339,6 +340,26 @@ def test_a_run_that_was_stopped_goes_on_the_same(folder, run, tmp_path):
     lines = [(x / "log.jsonl").read_text().splitlines() for x in (tmp_path, run)]
     whole, expected = ([json.loads(line)["all"] for line in log] for log in lines)
     assert whole == expected
+
+
+def test_a_run_that_was_killed_goes_on_from_what_it_saved_on_the_way(folder, run, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def step(self, *args):
+        if self.state["stage"] == 1:
+            raise Killed
+        return steps(self, *args)
+
+    steps = Run.step
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(Run, "step", step)
+        train(folder, tmp_path, "--save_minutes", "0")
+    (file,) = tmp_path.glob("checkpoint-*/state.json")
+    assert json.loads(file.read_text())["batch"] == 3
+    train(folder, tmp_path, "--resume")
+    ours, theirs = (load_file(x / "model" / "model.safetensors") for x in (tmp_path, run))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("base", ["all", "none"])

@@ -79,8 +79,20 @@ class Captures:
 def captures(request, monkeypatch) -> Captures:
     captures = Captures(request.param)
     monkeypatch.setattr(decoding, "_DEVICES", (request.param,))
+    monkeypatch.setattr(HSAForCausalLM, "captures_steps", True)
     monkeypatch.setattr(decoding, "capture", captures)
     return captures
+
+
+def test_steps_are_captured_where_that_was_chosen(captures, monkeypatch):
+    model = make_variant("default", **SIZES).to(captures.device)
+    prompt = to(captures.device, input_ids=random_ids(1, 40))
+    monkeypatch.setattr(HSAForCausalLM, "captures_steps", False)
+    model.generate(**prompt, **GREEDY)
+    assert captures.count == 0
+    model.captures_steps = True
+    model.generate(**prompt, **GREEDY)
+    assert captures.count == 1
 
 
 def generate_both_ways(model: HSAForCausalLM, captures: Captures, prompt: dict, cache=None, **settings):

@@ -6,6 +6,7 @@ import shutil
 import time
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -81,28 +82,25 @@ class Run(StagedRun):
     def __init__(self, arguments: Namespace):
         super().__init__(arguments, read_recipe(arguments.recipe))
         self.dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        self.checkpoint = self.folder / "checkpoint"
-        resumed = (self.checkpoint / "state.json").exists()
-        if resumed and not arguments.resume:
-            raise ValueError(f"`--output`: {self.folder} holds a run. Go on with `--resume`, or take another folder.")
-        if resumed:
-            self._read_state()
+        checkpoint = self.find_checkpoint()
+        if checkpoint:
+            self._read_state(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.base)
         self.materials = Materials.load(
             self.tokenizer, arguments.streams, "train", arguments.qa, arguments.babi, arguments.chats
         )
         self.tokens = sum(self._batches_of(stage) * self._batch_tokens(stage) for stage in self.recipe["stages"])
         self._make()
-        if resumed:
-            self.accelerator.load_state(str(self.checkpoint))
+        if checkpoint:
+            self.load_checkpoint(checkpoint)
         elif self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             write_json(self.folder / "recipe.json", self.recipe)
 
-    def _read_state(self) -> None:
+    def _read_state(self, checkpoint: Path) -> None:
         """Raises: ValueError where what decides the course of the run is another than it began with."""
-        there = json.loads((self.checkpoint / "state.json").read_text())
+        there = json.loads((checkpoint / "state.json").read_text())
         for name in ("seed", "micro_batches"):
             if there[name] != self.state[name]:
                 raise ValueError(
@@ -218,6 +216,8 @@ class Run(StagedRun):
                 bar.set_postfix_str(f"{entry.get('all', {}).get('answers', 0):.2f} {entry['tokens_per_second']:,}/s")
                 state["seconds"] += time.time() - clock
                 clock, since = time.time(), 0
+                if not stop:
+                    self.save_in_time()
             if stop:
                 return False
         return True
@@ -250,15 +250,10 @@ class Run(StagedRun):
 
     def save(self) -> None:
         """A checkpoint, the merged model and, with low-rank changes, the adapter."""
-        whole = self.checkpoint / "state.json"
         if self.accelerator.is_main_process:
-            whole.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(self.checkpoint))
-        if self.accelerator.is_main_process:
-            write_json(whole, self.state | provenance())
             self.export()
-        self.accelerator.wait_for_everyone()
+        self.configure(min(self.state["stage"], len(self.recipe["stages"]) - 1))
+        self.save_checkpoint()
 
     def export(self) -> None:
         final, dtype = self.folder / "model", self.dtype

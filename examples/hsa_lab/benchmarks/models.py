@@ -281,7 +281,8 @@ class Models(Benchmark):
         return self.measure_generation(partial(measure_decode, steps=self.steps))
 
     def measure_generate(self) -> Iterator[dict]:
-        """By `generate` as it is, and without the graph of its steps."""
+        """By `generate` with a graph of its steps, which HSA models make where it is chosen, and without."""
+        HSAForCausalLM.captures_steps = True
         for options in ({}, {"disable_compile": True}):
             for row in self.measure_generation(partial(measure_generate, steps=4 * self.steps, **options)):
                 yield row | options

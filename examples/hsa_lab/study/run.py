@@ -138,7 +138,7 @@ def train(job: Job, settings: Settings, folder: Path) -> dict | None:
         recipe=folder / "recipe.json", corpus=settings.corpus, output=folder / "model", resume=True,
         minutes=(settings.deadline - time.time()) / 60, seed=job.seed, device=settings.device, mixed_precision="auto",
         gradient_accumulation_steps=1, attn_implementation=None, workers=settings.workers,
-        log_every=job.scale.log_every, max_shard_size="5GB", compile=False,
+        log_every=job.scale.log_every, save_minutes=float("inf"), max_shard_size="5GB", compile=False,
     )  # fmt: skip
     run = Run(arguments)
     parameters = run.model.num_parameters()

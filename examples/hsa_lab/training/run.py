@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import time
 from argparse import Namespace
 from functools import partial
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import modeling_hsa  # noqa: F401  # registers HSA models with the Auto classes
 
 from ..plots import draw_pretraining
-from ..results import provenance, write_json
+from ..results import provenance
 from ..stages import StagedRun
 from ..tasks.retrieval import RetrievalTasks
 from .batches import Batches
@@ -107,16 +106,12 @@ class Run(StagedRun):
         self.tasks = RetrievalTasks(self.tokenizer)
         config = make_config(self.recipe["model"], self.tokenizer)
         self.has_retrieval = any(getattr(config, "hsa_layers", ()))
-        checkpoint = find_checkpoint(self.folder)
-        if checkpoint and not arguments.resume:
-            raise ValueError(f"`--output`: {self.folder} holds a run. Go on with `--resume`, or take another folder.")
+        checkpoint = self.find_checkpoint()
         if checkpoint:
             config = self._resume(config, checkpoint)
         self._make(config)
-        self.checkpoint = 0
         if checkpoint:
-            self.accelerator.load_state(str(checkpoint))
-            self.checkpoint = int(checkpoint.name.rpartition("-")[2])
+            self.load_checkpoint(checkpoint)
         elif self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "log.jsonl").unlink(missing_ok=True)
@@ -153,26 +148,16 @@ class Run(StagedRun):
         return saved
 
     def save(self) -> None:
-        """
-        The model as Transformers saves it, the tokenizer and, in a folder checkpoint-<number>, all that it takes to go
-        on. An older checkpoint goes when the new one is whole, which state.json says.
-        """
-        self.checkpoint += 1
-        new = self.folder / f"checkpoint-{self.checkpoint}"
-        self.accelerator.save_state(str(new))
+        """The model as Transformers saves it, the tokenizer and a checkpoint."""
         if self.accelerator.is_main_process:
             self.model.save_pretrained(self.folder, max_shard_size=self.arguments.max_shard_size)
             self.tokenizer.save_pretrained(self.folder)
-            write_json(new / "state.json", self.state | provenance())
-            for old in self.folder.glob("checkpoint-*"):
-                if old != new:
-                    shutil.rmtree(old)
             log = self.folder / "log.jsonl"
             if log.exists():
                 draw_pretraining(
                     [json.loads(line) for line in log.read_text().splitlines()], log.with_name("training.png")
                 )
-        self.accelerator.wait_for_everyone()
+        self.save_checkpoint()
 
     def log(self, stage: dict, meters: Meters, batch: tuple[torch.Tensor, ...], seconds: float, tokens: int) -> dict:
         entry = {"stage": stage["name"], "tokens": self.state["tokens"], "tokens_per_s": tokens / seconds}
@@ -228,6 +213,7 @@ class Run(StagedRun):
                 bar.set_postfix_str(" ".join(f"{x:.2f}" for x in (entry["text_loss"], *accuracies)))
                 if is_mastered(stage, entry):
                     break
+                self.save_in_time()
             if self.should_stop(deadline):
                 state["seconds"] += time.time() - clock
                 state["meters"] = meters.state()
@@ -246,12 +232,6 @@ class Run(StagedRun):
             f"{self.state['tokens'] / 1e6:.1f}M tokens, {done}. Model, log and checkpoint are in {self.folder}."
         )
         self.accelerator.end_training()  # or a process that ends while another still talks to it can abort
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    whole = [file.parent for file in folder.glob("checkpoint-*/state.json")]
-    return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def is_mastered(stage: dict, entry: dict) -> bool:
