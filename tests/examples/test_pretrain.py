@@ -332,8 +332,8 @@ def test_a_run_on_two_processes_is_that_with_two_micro_batches(recipes, corpus, 
     ("measures", "labels"),
     [
         ([{}, {}], None),
-        ([{"recall": [1.0, 0.5]}, {}], ["recall, HSA layer 0", "recall, HSA layer 1"]),
-        ([{}, {"recall": [1.0], "weight": [0.2]}], ["weight, HSA layer 0", "recall, HSA layer 0"]),
+        ([{"recall": [1.0, 0.5]}, {}], ["share retrieved, HSA layer 1", "share retrieved, HSA layer 2"]),
+        ([{}, {"recall": [1.0], "weight": [0.2]}], ["its weight, HSA layer 1", "share retrieved, HSA layer 1"]),
     ],
 )
 def test_what_was_measured_is_drawn(monkeypatch, tmp_path, measures, labels):
