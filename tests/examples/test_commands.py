@@ -10,9 +10,9 @@ from hsa_lab import commands
 
 
 COMMANDS = {
-    "adapt": ["chats", "train", "evaluate"],
+    "adapt": ["chats", "train"],
     "ask": [],
-    "benchmark": ["kernels", "models", "cpu", "recall"],
+    "benchmark": ["kernels", "models", "cpu", "recall", "sessions"],
     "convert": [],
     "convert_reference": [],
     "evaluate": ["facts", "qa", "chat", "wordings", "paper", "ruler", "babilong", "ppl"],
@@ -20,6 +20,7 @@ COMMANDS = {
     "plot": ["retrieval", "training"],
     "prepare": ["corpus", "chronicle"],
     "pretrain": [],
+    "study": [],
     "train": [],
 }
 HELPS = [(name, *sub) for name, subs in COMMANDS.items() for sub in ((), *((sub,) for sub in subs))]
