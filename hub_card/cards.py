@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from hsa_lab.results import read_rows, short
+from hsa_lab.results import interval, read_rows, short
 
 
 def percent(row: dict) -> str:
@@ -138,15 +138,23 @@ def passages_table(rows: list[dict]) -> str:
 
 
 def text_table(folder: Path) -> str:
-    """Perplexity of books, and what is left of the base in chats, with the base beside it."""
+    """Perplexity of books, and the loss beside that of the base in the same windows."""
     rows = json.loads((folder / "results" / "ppl.json").read_text(encoding="utf-8"))["rows"]
     lengths = sorted({row["length"] for row in rows})
-    cells = {(row["task"], row["length"]): f"{row['perplexity']['mean']:.1f}" for row in rows}
-    names = {"last": "this model", "last, base": "base"}
-    body = [[text, *(cells.get((task, length), "") for length in lengths)] for task, text in names.items()]
-    body.append(
-        ["change of the loss with the length, nats per token", *(change(r) for r in rows if r["task"] == "last")]
-    )
+    cells = {(row["task"], row["length"]): row for row in rows}
+
+    def against_base(length: int) -> str:
+        if ("last, base", length) not in cells:
+            return ""
+        losses = (cells[task, length]["records"]["loss"] for task in ("last", "last, base"))
+        return change({"change": interval([ours - theirs for ours, theirs in zip(*losses, strict=True)])})
+
+    body = []
+    for task, text in {"last": "this model", "last, base": "base"}.items():
+        found = (cells.get((task, length)) for length in lengths)
+        body.append([text, *(f"{row['perplexity']['mean']:.1f}" if row else "" for row in found)])
+    body.append(["loss of this model, against the base, nats per token", *map(against_base, lengths)])
+    body.append(["loss of this model, against that with 4K", *(change(cells["last", length]) for length in lengths)])
     return table(["tokens of context", *map(short, lengths)], body)
 
 
