@@ -125,7 +125,7 @@ def wanted_table(folder: Path) -> str:
     body = []
     for (name, task), (wanted, text) in WANTED.items():
         rows = {(row["task"], row["length"]): row for row in read_rows([folder / "results" / f"{name}.json"])}
-        body.append([text, f"{wanted} %", f"{counted(rows[task, 4096])} %"])
+        body.append([text, f"{wanted} %", counted(rows[task, 4096]).replace(" (", " % (")])
     (row,) = json.loads((folder / "results" / "chat.json").read_text(encoding="utf-8"))["rows"]
     body.append(["divergence from the base in chats", f"{WANTED_OF_CHATS} nats", f"{row['kl']['mean']:.3f} nats"])
     return table(["at 4K tokens", "wanted", "measured"], body)
