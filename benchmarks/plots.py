@@ -7,6 +7,7 @@ Draws the plots of benchmarks/results again, from the files of results beside th
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hsa_lab.results import read_rows  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 CARD = REPOSITORY / "hub_card" / "hsa-books-10m" / "results"
+SMOOTHED = 5  # entries of a log
 RUNS = {
     "HSA": CARD,
     "one question a row": RESULTS / "pretraining" / "one_question",
@@ -57,6 +59,27 @@ def draw_emergence(file: Path) -> None:
     )
 
 
+def draw_rounds(file: Path) -> None:
+    """Answers right in the rounds of the converted model, in a row, by family: means of SMOOTHED entries."""
+    curves, starts = {}, []
+    before = 0
+    for name in ("first_run", "second_run", "third_run"):
+        starts.append(before / 1e6)
+        entries = log(RESULTS / "adaptation" / name)
+        for family in (key for key, value in entries[-1].items() if isinstance(value, dict) and key != "all"):
+            kept = [entry for entry in entries if family in entry]
+            means = [
+                sum(entry[family]["answers"] for entry in kept[i : i + SMOOTHED]) / SMOOTHED
+                for i in range(len(kept) - SMOOTHED + 1)
+            ]
+            x, y = curves.setdefault(family, ([], []))
+            x += [(before + entry["tokens"]) / 1e6 for entry in kept[SMOOTHED - 1 :]] + [math.nan]
+            y += [*means, math.nan]  # a gap between rounds
+        before += entries[-1]["tokens"]
+    title = "answers right in training, by family"
+    draw_curves(curves, file, title, "million tokens", "share", starts[1:], ylim=(0, 1.02))
+
+
 def main() -> None:
     models.Models.plot(rows_of_parts(RESULTS / "gpu" / "models.json"), RESULTS / "gpu")
     kernels.Kernels.plot(rows_of_parts(RESULTS / "gpu" / "kernels.json"), RESULTS / "gpu")
@@ -67,6 +90,7 @@ def main() -> None:
     paper = {label: sorted(RUNS[label].glob("paper*.json")) for label in ("HSA", "full attention", "window only")}
     models_of = {label: read_rows(files) for label, files in paper.items()}
     draw_lengths(models_of, RESULTS / "pretraining" / "accuracy.png")
+    draw_rounds(RESULTS / "adaptation" / "rounds.png")
     draw_emergence(RESULTS / "pretraining" / "emergence.png")
     draw_pretraining(log(CARD), CARD / "training.png")
     draw_losses(read(CARD / "ppl.json")["rows"], CARD / "ppl.png")

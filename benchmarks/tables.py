@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 CARD = REPOSITORY / "hub_card" / "hsa-books-10m" / "results"
 RUNS = RESULTS / "pretraining"
+CONVERTED = REPOSITORY / "hub_card" / "hsa-smollm2-135m" / "results"
+ROUNDS = ("first_run", "second_run", "third_run")  # of the converted model
 TASKS = {
     "s_niah": "S-NIAH: a needle of 7 random tokens",
     "mq_niah": "MQ-NIAH: 6 needles, 2 asked for",
@@ -383,30 +385,80 @@ def distance_penalty() -> str:
     return table(["change of the loss against 4K tokens", *folders], body)
 
 
+FAMILIES = ("facts", "document", "events", "program", "quotes", "qa", "stories", "ruler")
+LAST = 5  # entries of a log
+
+
 @goes_to("docs/training.md")
-def first_conversion() -> str:
-    cells = {
-        (cell["model"], cell["kind"], cell["length"]): cell
-        for cell in read(RESULTS / "adaptation/first_run/answers.json")["cells"]
-    }
-    lines = {
-        "facts of kinds it was trained on, in other wordings": ("facts, trained kinds", 4 * K),
-        "facts of kinds it was not trained on": ("facts", 4 * K),
-        "the same": ("facts", 16 * K),
-        "made-up documents": ("documents", 4 * K),
-        'questions without an answer in the text, "not found"': ("missing", 4 * K),
-        "questions about passages, F1": ("qa", 4 * K),
-    }
+def rounds() -> str:
+    """How the rounds ended: means of the last entries of their logs."""
+    rows = []
+    for number, name in enumerate(ROUNDS, 1):
+        folder = RESULTS / "adaptation" / name
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        seconds = read(folder / "state.json")["seconds"]
+        found = [[entry[family]["answers"] for entry in log[-LAST:] if family in entry] for family in FAMILIES]
+        shares = " / ".join(f"{100 * sum(x) / len(x):.0f}" if x else "-" for x in found)
+        weight = sum(sum(entry["weight"]) / len(entry["weight"]) for entry in log[-LAST:]) / LAST
+        chats = sum(entry["distill_chat"] for entry in log[-LAST:]) / LAST
+        row = [f"{log[-1]['tokens'] / 1e6:.1f}M, {seconds:,.0f} s", shares, f"{weight:.2f}", f"{chats:.3f}"]
+        rows.append([f"{number} ([log, recipe](../benchmarks/results/adaptation/{name}))", *row])
+    return table(
+        ["round", "tokens, time", f"answers right, %: {' / '.join(FAMILIES)}", "weight of the chunk", "chats, nats"],
+        rows,
+    )
 
-    def score(model: str, kind: str, length: int) -> str:
-        cell = cells.get((model, kind, length))
-        if cell is None:
+
+ASKED = {
+    "facts": "facts of kinds it was not trained on",
+    "facts, trained kinds": "facts of kinds it was trained on, in other wordings",
+    "documents": "made-up documents",
+    "events": "events",
+    "missing": 'questions without an answer in the text, "not found"',
+    "qa": "questions about passages in books, F1",
+}
+
+
+@goes_to("docs/training.md")
+def rounds_measured() -> str:
+    kept = {
+        (name, cell["model"], cell["kind"]): (cell["score"], *cell["interval"])
+        for name in ROUNDS[:2]
+        for cell in read(RESULTS / "adaptation" / name / "answers.json")["cells"]
+        if cell["length"] == 4 * K
+    }
+    tested = accuracies(CONVERTED / "facts.json", CONVERTED / "qa.json")
+    kept |= {("third_run", "model", task): (row["accuracy"], row["low"], row["high"])
+             for (task, length), row in tested.items() if length == 4 * K}  # fmt: skip
+
+    def score(*cell: str) -> str:
+        if cell not in kept:
             return ""
-        low, high = (round(100 * x) for x in cell["interval"])
-        return f"{100 * cell['score']:.0f}{'' if kind == 'qa' else ' %'} [{low}, {high}]"
+        found, low, high = (round(100 * x) for x in kept[cell])
+        return f"{found} [{low}, {high}]"
 
-    body = [[t, f"{x:,}", score("base", kind, x), score("model", kind, x)] for t, (kind, x) in lines.items()]
-    return table(["what", "tokens", "base", "converted and trained"], body)
+    columns = {"base": ("first_run", "base"), "round 1": ("first_run", "model"), "round 2": ("second_run", "model"),
+               "round 3, test": ("third_run", "model")}  # fmt: skip
+    body = [[text, *(score(*column, task) for column in columns.values())] for task, text in ASKED.items()]
+    return table(["percent, 4,096 tokens", *columns], body)
+
+
+@goes_to("docs/results.md")
+def converted() -> str:
+    facts, paper = accuracies(CONVERTED / "facts.json"), accuracies(*CONVERTED.glob("paper*.json"))
+    ruler, babi = accuracies(*CONVERTED.glob("ruler*.json")), accuracies(CONVERTED / "babilong.json")
+    lines = {
+        ASKED["facts"]: (facts, "facts"), ASKED["documents"]: (facts, "documents"),
+        ASKED["missing"]: (facts, "missing"),
+        "S-NIAH, in chat form": (paper, "s_niah"), "MQ-NIAH": (paper, "mq_niah"), "VT": (paper, "vt"),
+        "RULER, one needle with a UUID": (ruler, "niah_single_3"), "RULER, four queries": (ruler, "niah_multiquery"),
+        "RULER, UUIDs among nothing but such needles": (ruler, "niah_multikey_3"),
+        "BABILong qa1": (babi, "qa1"), "BABILong qa2": (babi, "qa2"),
+    }  # fmt: skip
+    lengths = {4 * K: "4K", 64 * K: "64K", K * K: "1M"}
+    body = [[text, *(percent(rows[task, x]) if (task, x) in rows else "" for x in lengths)]
+            for text, (rows, task) in lines.items()]  # fmt: skip
+    return table(["percent right", *lengths.values()], body)
 
 
 # -- docs/kernels.md --

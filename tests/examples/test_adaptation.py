@@ -273,9 +273,11 @@ def test_learning_rates_rise_stay_and_fall():
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
 
 
-@pytest.mark.parametrize("file", ["smollm2_135m.json"])
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "examples/recipes/adaptation").glob("*.json")), ids=lambda x: x.name
+)
 def test_recipes_are_whole(file):
-    recipe = read_recipe(REPOSITORY / "examples" / "recipes" / "adaptation" / file)
+    recipe = read_recipe(file)
     assert max(stage["length"] for stage in recipe["stages"]) <= 4096
 
 

@@ -23,6 +23,7 @@ MODELS = REPOSITORY / "hub_card"
 NAME = "hsa-books-10m"
 FOLDER = MODELS / NAME
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
+CARDS = {file.parent.name: file.read_text(encoding="utf-8") for file in sorted(MODELS.glob("*/README.md"))}
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", CARD, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -47,14 +48,24 @@ def test_folder_is_complete_and_small():
         assert (FOLDER / name).is_file()
 
 
-def test_metadata_of_the_card():
-    data = huggingface_hub.ModelCard(CARD).data
+@pytest.mark.parametrize("name", CARDS)
+def test_metadata_of_the_card(name):
+    data = huggingface_hub.ModelCard(CARDS[name]).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
     assert "custom_code" in data.tags
+    assert data.base_model == {NAME: None, "hsa-smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}[name]
 
 
-def test_tables_and_results_are_up_to_date(push):
-    assert push.stale(FOLDER) == [], f"run `python hub_card/push.py {NAME} --update`"
+@pytest.mark.parametrize("name", CARDS)
+def test_tables_and_results_are_up_to_date(push, name):
+    assert push.stale(MODELS / name) == [], f"run `python hub_card/push.py {name} --update`"
+
+
+def test_every_model_has_a_card_with_tables(push):
+    assert set(push.TABLES) == set(push.names()) == set(CARDS)
+    for name, card in CARDS.items():
+        assert f'model_id = "{name}"' in card
+        assert f"]({name})" in (MODELS / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_is_out_of_date_is_found(push, tmp_path):
@@ -145,7 +156,6 @@ def test_the_folder_in_a_clone_loads_with_the_package():
 def test_the_folder_of_all_models_tells_where_they_are():
     with pytest.raises(OSError, match=f"hub_card has no config.json. These are: .*hub_card/{NAME}"):
         HSAForCausalLM.from_pretrained(MODELS)
-    assert f"]({NAME})" in (MODELS / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
