@@ -16,7 +16,8 @@ from tests.commands import run_example
 def test_gpu_benchmarks(tmp_path, name):
     run_example("benchmark.py", tmp_path, name, "--toy", device="cpu", output=tmp_path / "results")
     results = json.loads((tmp_path / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    parts = {"kernels": {"kernels", "selection", "window"}, "models": {"models", "prefill", "decode", "static"}}
+    models = {"models", "prefill", "decode", "generate", "segments", "static"}
+    parts = {"kernels": {"kernels", "selection", "window"}, "models": models}
     assert results.keys() == parts[name]
     for part, result in results.items():
         assert {"cpu", "torch", "transformers"} <= result["hardware"].keys()
