@@ -86,9 +86,11 @@ class StagedRun:
         """Trains the stages that are left, for about so many seconds, and saves. Returns whether none is left."""
         deadline, stages = time.time() + seconds, self.recipe["stages"]
         before = signal.signal(signal.SIGINT, self._interrupt)
-        while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
-            self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
-        signal.signal(signal.SIGINT, before)
+        try:
+            while self.state["stage"] < len(stages) and self.stage(self.state["stage"], deadline):
+                self.state |= {"stage": self.state["stage"] + 1, "batch": 0}
+        finally:
+            signal.signal(signal.SIGINT, before)
         self.save()
         return self.state["stage"] == len(stages)
 

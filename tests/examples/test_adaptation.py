@@ -1,6 +1,7 @@
 """`adapt.py`: what its losses are, what its batches hold, and that a run that was stopped goes on the same."""
 
 import json
+import signal
 from pathlib import Path
 
 import adapt
@@ -357,6 +358,7 @@ def test_a_run_that_was_killed_goes_on_from_what_it_saved_on_the_way(folder, run
     with monkeypatch.context() as context, pytest.raises(Killed):
         context.setattr(Run, "step", step)
         train(folder, tmp_path, "--save_minutes", "0")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     (file,) = tmp_path.glob("checkpoint-*/state.json")
     assert json.loads(file.read_text())["batch"] == 3
     train(folder, tmp_path, "--resume")

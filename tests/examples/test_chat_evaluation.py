@@ -242,7 +242,9 @@ def test_chat_models_are_asked_in_their_template(folder, tmp_path, command):
     for row in results["rows"]:
         assert row["samples"] == 3 and ("recall" in row) == ("base" not in row["task"] and row["task"] != "fwe")
         assert len(row["records"]["answer"]) == len(row["records"]["expected"]) == 3
-    results = run(folder, tmp_path, command, *words, "--chat", "no", "--base", folder / "base", "--base_length", 500)
+    results = run(
+        folder, tmp_path / "text", command, *words, "--chat", "no", "--base", folder / "base", "--base_length", 500
+    )
     assert results["form"] == "text" and [row["task"] for row in results["rows"]] == tasks
 
 

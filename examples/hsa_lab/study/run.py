@@ -166,7 +166,8 @@ def try_out(job: Job, settings: Settings, folder: Path, name: str, changes: dict
         model=str(folder / "model"), device=settings.device, dtype=dtype, attn_implementation=None,
         config=list(changes.items()), trust_remote_code=False, output=folder / f"tests {name}".strip(),
         seeds=[job.seed], haystack=[settings.corpus / "validation.npy"], segment=SEGMENT, offload=False,
-        no_retrieval=False, depths=0,
+        no_retrieval=False, depths=0, base=None, base_length=0, chat="no", batch_tokens=0, most_read=None,
+        questions_of_text=1, split="test", digits=0,
     )  # fmt: skip
     model, tokenizer = load(arguments)
     rows = {"retrieval": [], "text": []}
@@ -189,6 +190,8 @@ def try_out(job: Job, settings: Settings, folder: Path, name: str, changes: dict
 
 
 def evaluate(kind: type, arguments: Namespace, model, tokenizer) -> list[dict]:
+    """The rows, which are all that is kept: whatever is in the folder for results is of an evaluation before."""
+    shutil.rmtree(arguments.output, ignore_errors=True)
     kind.check(arguments)
     evaluation = kind(arguments, model, tokenizer)
     evaluation.run()
