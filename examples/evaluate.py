@@ -7,9 +7,9 @@ Evaluate a causal language model, of any family, on long contexts.
 
 `paper`, `ruler` and `babilong` ask chat models in their chat template, and have others continue a text (`--chat`).
 `facts`, `qa`, `chat` and `found` are for chat models, `wordings` is for others. `--base` measures a second model on
-the same prompts, as far as they are short. Prompts of any length are read in segments, so that memory beyond the model's cache
-is that of one. Every command writes a file of results with hardware, versions, commit, intervals and a compact record
-of every sample.
+the same prompts, as far as they are short. Prompts of any length are read in segments, so that memory beyond the
+model's cache is that of one. Every command writes a file of results with hardware, versions, commit, intervals and a
+compact record of every sample.
 """
 
 from argparse import Namespace

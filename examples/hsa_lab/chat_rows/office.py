@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .documents import CHARACTERS, OTHER_CHARACTERS, make_document
 from .events import Events
-from .facts import Question, World
+from .facts import World
 from .programs import program_plan
 
 
@@ -49,17 +49,15 @@ def make_office(seed: int, characters: int, count: int) -> tuple[str, list[Asked
 
     missing, found = count // MISSING, [[] for _ in parts]
     each = -(-(count - missing) // len(parts))
-    for _ in range(100 * count):
-        question = rng.choice((world, teller)).ask("direct", short=False)
+    askers = [world, teller] if world.facts else []  # who knows nothing cannot ask
+    for _ in range(100 * count * bool(askers)):
+        question = rng.choice(askers).ask("direct", short=False)
         if question is not None and question.expected:
-            found[owner[id(question.facts[0])]].append(_asked(question))
-    found[-1] = code
+            found[owner[id(question.facts[0])]].append(Asked(question.text, question.expected))
+    found[-1] = [asked for asked in code if asked.expected]
     answered = [of_part[i] for i in range(each) for of_part in found if i < len(of_part)][: count - missing]
-    untold = [question for _ in range(50 * missing) if (question := world.ask("missing", short=False))][:missing]
-    if len(answered) + len(untold) < count:
+    untold = [question for _ in range(50 * missing * bool(askers)) if (question := world.ask("missing", short=False))]
+    asked = answered + [Asked(question.text, question.expected) for question in untold[:missing]]
+    if len(asked) < count:
         raise ValueError(f"A text of {characters:,} characters is too short for {count} questions.")
-    return "\n\n\n".join(parts), answered + [_asked(question) for question in untold]
-
-
-def _asked(question: Question) -> Asked:
-    return Asked(question.text, question.expected)
+    return "\n\n\n".join(parts), asked
