@@ -45,7 +45,6 @@ def make_office(seed: int, characters: int, count: int) -> tuple[str, list[Asked
     plan = program_plan(rng, max(2, room // CODE), room, SPLIT)
     parts.append("\n\n\n".join("".join(text for text, _ in block).strip() for block in plan.blocks))
     code = [Asked(turn.question, [text for text, is_asked in turn.answer if is_asked]) for turn in plan.turns]
-    code = [asked for asked in code if asked.expected]
 
     missing, found = count // MISSING, [[] for _ in parts]
     each = -(-(count - missing) // len(parts))
