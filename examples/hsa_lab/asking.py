@@ -92,7 +92,7 @@ class Reply:
         if self.says_not_found:
             return "the model says so"
         if self.is_chat and self.confidence < LEAST_CONFIDENCE:
-            return f"a token of the answer has a probability of {self.confidence:.2f}, less than {LEAST_CONFIDENCE}"
+            return f"a token of the answer has a probability of {self.confidence:.3f}, less than {LEAST_CONFIDENCE}"
         return None
 
 

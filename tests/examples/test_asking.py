@@ -1,5 +1,6 @@
 """`ask.py` and `generate.py` with chat models: prompts, streaming, "not found", the default model and its text."""
 
+import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from hsa_lab.commands import HUB_CARD
 from hsa_lab.evaluation.found import choose, decisions
 from hsa_lab.reading import RetrievalRecorder
 from modeling_hsa import convert_to_hsa
-from tests.commands import run_example
+from tests.commands import REPOSITORY, run_example
 
 from .test_chat_evaluation import HSA
 from .texts import chat_tokenizer, tiny_llama
@@ -158,6 +159,23 @@ def test_the_threshold_is_that_of_most_right_decisions():
         "source_believed": None,
     }  # fmt: skip
     assert decisions(records, 0.0)["decided"] == 3 / 5
+
+
+def test_the_threshold_is_the_measured_one():
+    """And what `docs/use.md` says of it is what was measured."""
+    results = json.loads((REPOSITORY / "benchmarks/results/ask/found.json").read_text(encoding="utf-8"))
+    chosen, measured = results["rows"]
+    assert LEAST_CONFIDENCE == results["threshold"] == choose(_records(chosen))
+    text = " ".join((REPOSITORY / "docs" / "use.md").read_text(encoding="utf-8").split())
+    shares = decisions(_records(measured), LEAST_CONFIDENCE)
+    assert f"{100 * shares['decided']:.0f} % of the decisions are right" in text
+    told = [f"{100 * shares[name]:.0f} %" for name in ("not_found_missing", "not_found_answered", "right_believed")]
+    assert f'"not found" is said of {told[0]} of what the text does not tell and of {told[1]} of what' in text
+    assert f"of the answers that are believed {told[2]} are right" in text
+
+
+def _records(row: dict) -> list[dict]:
+    return [dict(zip(row["records"], values)) for values in zip(*row["records"].values())]
 
 
 # -- the commands --
