@@ -6,16 +6,16 @@ Evaluate a causal language model, of any family, on long contexts.
     python examples/evaluate.py ruler --help
 
 `paper`, `ruler` and `babilong` ask chat models in their chat template, and have others continue a text (`--chat`).
-`facts`, `qa` and `chat` are for chat models, `wordings` is for others. `--base` measures a second model on the same
-prompts, as far as they are short. Prompts of any length are read in segments, so that memory beyond the model's cache
-is that of one. Every command writes a file of results with hardware, versions, commit, intervals and a compact record
-of every sample.
+`facts`, `qa`, `chat` and `found` are for chat models, `wordings` is for others. `--base` measures a second model on
+the same prompts, as far as they are short. Prompts of any length are read in segments, so that memory beyond the
+model's cache is that of one. Every command writes a file of results with hardware, versions, commit, intervals and a
+compact record of every sample.
 """
 
 from argparse import Namespace
 
 from hsa_lab.commands import add_commands, make_parser, run
-from hsa_lab.evaluation import babilong, chat, perplexity, wordings
+from hsa_lab.evaluation import babilong, chat, found, perplexity, wordings
 from hsa_lab.evaluation.questions import Facts, Passages
 from hsa_lab.evaluation.retrieval import Paper, Ruler
 from hsa_lab.models import load
@@ -29,6 +29,7 @@ EVALUATIONS = {
     "babilong": (babilong.Babilong, babilong.__doc__),
     "ppl": (perplexity.Perplexity, perplexity.__doc__),
     "chat": (chat.Chat, chat.__doc__),
+    "found": (found.Found, found.__doc__),
     "wordings": (wordings.Wordings, wordings.__doc__),
 }
 

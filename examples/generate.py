@@ -4,7 +4,8 @@ Continue a prompt, of any length, with a model folder or a model of the Hub.
     python examples/generate.py --model out/chronicle --prompt_file chronicle.txt --prompt "What is the password of"
     python examples/generate.py --model out/chronicle --prompt "On May 3," --show_retrieval
 
-The prompt is what `--prompt_file` holds followed by `--prompt`. HSA models read it in segments, so that little memory
+The prompt is what `--prompt_file` holds followed by `--prompt`; for a model with a chat template it is a message,
+which the model answers (`--chat no`: continues). HSA models read it in segments, so that little memory
 beyond the cache is needed whatever its length, while a bar counts its tokens; the answer is printed as it comes.
 `--show_retrieval` then prints the passages that the model looked up.
 """
@@ -15,12 +16,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
+from hsa_lab.asking import WholeCharacters
+from hsa_lab.chat_rows.chat import ChatFormat
 from hsa_lab.commands import add_model_flags, at_least, make_parser, run
 from hsa_lab.models import load
 from hsa_lab.reading import PromptBar, RetrievalRecorder
+from hsa_lab.tokens import encode_chats
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,6 +32,10 @@ def parse_arguments() -> argparse.Namespace:
     add_model_flags(parser)
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--prompt_file", type=Path, help="file with text that comes before `--prompt`")
+    parser.add_argument(
+        "--chat", choices=("auto", "yes", "no"), default="auto",
+        help="whether the prompt is a message of a chat; auto: where the tokenizer has a chat template",
+    )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=at_least(1), default=64, help="of the answer")
     parser.add_argument("--do_sample", action="store_true", help="draw tokens at random; else take the likeliest")
     parser.add_argument("--temperature", type=float, default=1.0, help="of `--do_sample`")
@@ -67,12 +75,16 @@ def main() -> None:
     model, tokenizer = load(arguments, hsa_only=arguments.show_retrieval)
     text = "" if arguments.prompt_file is None else arguments.prompt_file.read_text(encoding="utf-8")
     text += arguments.prompt
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
+    if not text:
         raise ValueError("the prompt is empty")
-
     options = {"do_sample": arguments.do_sample}
+    if arguments.chat == "yes" or (arguments.chat == "auto" and tokenizer.chat_template):
+        options["eos_token_id"] = int(ChatFormat(tokenizer).end[0])
+        inputs = encode_chats(tokenizer, [[{"role": "user", "content": text}]]).to(model.device)
+    else:
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
+    length = inputs["input_ids"].shape[1]
+
     if arguments.do_sample:
         options |= {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     if arguments.prefill_chunk_size is not None:
@@ -83,7 +95,7 @@ def main() -> None:
         tokens = model.generate(
             **inputs,
             max_new_tokens=arguments.max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=WholeCharacters(tokenizer),
             **options,
         )
     if arguments.show_retrieval:

@@ -37,6 +37,7 @@ def environment(cache: Path) -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cache / "huggingface"),
         "HF_DATASETS_CACHE": str(cache / "datasets"),
         "HF_MODULES_CACHE": str(cache / "modules"),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),

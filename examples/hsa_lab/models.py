@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .built import build_once, is_adapter
 from .commands import find_device
 
 
@@ -34,6 +36,8 @@ def load(arguments: argparse.Namespace, hsa_only: bool = False) -> tuple[PreTrai
     device, changes = find_device(arguments.device), dict(arguments.config)
     options = {"trust_remote_code": arguments.trust_remote_code}
     try:
+        if is_adapter(arguments.model):
+            arguments.model = str(build_once(Path(arguments.model)))
         config = AutoConfig.from_pretrained(arguments.model, **options)
         if hsa_only and config.model_type != "hsa":
             raise ValueError(f"`--model` must be an HSA model, not one of type {config.model_type!r}")

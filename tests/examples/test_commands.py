@@ -15,7 +15,7 @@ COMMANDS = {
     "benchmark": ["kernels", "models", "cpu", "recall", "sessions"],
     "convert": [],
     "convert_reference": [],
-    "evaluate": ["facts", "qa", "chat", "wordings", "paper", "ruler", "babilong", "ppl"],
+    "evaluate": ["facts", "qa", "chat", "found", "wordings", "paper", "ruler", "babilong", "ppl"],
     "generate": [],
     "plot": ["retrieval", "training"],
     "prepare": ["corpus", "chronicle"],

@@ -42,7 +42,7 @@ KINDS = {
 }
 HIDDEN_FACTS = 8  # facts in a text, of which one is asked for
 REFUSAL = re.compile(
-    r"(?:\b|n')(not|t|no|never|nothing|nowhere|cannot|unable|without)\b.{0,60}"
+    r"(?:\b(?:not|no|never|nothing|nowhere|cannot|unable|without)|n't)\b.{0,60}"
     r"\b(say|says|said|mention\w*|state\w*|give\w*|find|found|text|document|provid\w*|specif\w*|contain\w*|answer\w*|"
     r"information|clear|known?|listed|included|available)\b|\bunknown\b|\bgives no\b|\bno information\b",
     re.I | re.S,
