@@ -72,9 +72,9 @@ def pack(run: Path, base: dict, output: Path) -> None:
         base: "package", "file" and "sha256" of where the base is: a file in the wheel of a package.
     """
     recipe = json.loads((run / "recipe.json").read_text())
-    last = {
-        name: recipe["stages"][-1][name] for name in ("chunk_topk", "sliding_window") if name in recipe["stages"][-1]
-    }
+    stages = recipe["stages"]
+    last = {name: stages[-1][name] for name in ("chunk_topk", "sliding_window") if name in stages[-1]}
+    last["max_position_embeddings"] = max(stage["length"] for stage in stages)  # what it was trained on
     description = {
         "base": base,
         "model": recipe["model"] | last,

