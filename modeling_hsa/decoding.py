@@ -50,6 +50,8 @@ def find_obstacle(model: nn.Module, cache: HSACache) -> str | None:
         return "the cache records its past"
     if "full_attention" in config.layer_types:
         return "layers of full attention have no storage of fixed size"
+    if "linear_attention" in config.layer_types:
+        return "layers of linear attention keep their state in no storage of fixed size"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"it needs `attn_implementation='sdpa'` or 'eager', not {config._attn_implementation!r}"
     if model.device.type == "cuda" and any(config.hsa_layers) and _backend(model) != "triton":

@@ -47,6 +47,12 @@ class RecurrentState(State):
         else:
             self.value = value.detach()
 
+    def read(self) -> torch.Tensor | None:
+        """The state, as a tensor that gradients may be computed with: the storage is written to when a call ends."""
+        if self.value is None:
+            return None
+        return self.value.clone() if self.in_place and torch.is_grad_enabled() else writable(self.value)
+
     def commit(self, layout: TokenLayout) -> None:
         if self.pending is not None:
             if self.value is None:
@@ -172,7 +178,7 @@ class HSALinearAttention(nn.Module):
             dt = F.softplus(dt.float() + self.dt_bias.float())
             if real is not None:
                 dt = dt.masked_fill(~real[..., None], 0.0)
-            before = None if state is None or state.recurrence.value is None else writable(state.recurrence.value)
+            before = None if state is None else state.recurrence.read()
             output, after = selective_scan(x, dt, -self.A_log.float().exp(), B, C, documents, before)
             if state is not None:
                 state.recurrence.store(after)

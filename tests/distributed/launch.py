@@ -87,7 +87,7 @@ def _run(program: tuple[str, ...], cases: list[str], device: str, limit: float):
                 run.wait()
         if run.returncode or ended < len(cases):
             died = cases[ended] if ended < len(cases) else "the end"
-            yield {"case": died, "failure": log.read_text(errors="replace")[-8000:]}
+            yield {"case": died, "failure": log.read_text(errors="replace")[-20000:]}
 
 
 def problems(cases, results: dict[str, dict], tolerance: float = OTHER_ORDER) -> dict[str, object]:

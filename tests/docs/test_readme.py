@@ -151,12 +151,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 @pytest.mark.slow
 def test_snippets_of_the_page_on_use(tmp_path):
     snippets = blocks("python", USE)
-    loading, reading, retrieval, lora, compiled, new = run_snippets(snippets, tmp_path)
+    loading, reading, kept, retrieval, lora, compiled, new = run_snippets(snippets, tmp_path)
     assert loading.startswith("It was a dark night, and")
     lines = reading.splitlines()
     assert len(lines) == 3
     for line in lines:
         question, fact = line.split(" -- ")
         assert question.endswith(re.search(r"\d+", fact)[0] + ".")
+    assert kept == "" and list((tmp_path / "out" / "session").glob("*.safetensors"))
     assert re.match(r"[01]\.\d\d  '", retrieval)
     assert list((tmp_path / "out" / "merged").glob("model*.safetensors"))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from transformers import LlamaConfig
+from transformers.utils import logging
 
 from hsa_lab import commands
 
@@ -38,7 +39,9 @@ def run(monkeypatch, capsys):
         printed = capsys.readouterr()
         return end.value.code, printed.out + printed.err
 
-    return run
+    verbosity = logging.get_verbosity()
+    yield run
+    logging.set_verbosity(verbosity)  # of Transformers, which commands may change for their process
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)

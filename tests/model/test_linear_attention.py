@@ -9,7 +9,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from modeling_hsa import HSACache, scan
 from modeling_hsa.layout import build_layout
-from modeling_hsa.linear_attention import HSALinearAttention
+from modeling_hsa.linear_attention import HSALinearAttention, RecurrentState
 from modeling_hsa.scan import selective_scan
 from tests.helpers import OTHER_ORDER, SAME_ARITHMETIC, relative_error, run_without_the_package
 from tests.models import make_variant, tiny_config
@@ -257,3 +257,15 @@ def test_without_rotation_full_attention_has_no_position():
         model = make_variant("no_position", layer_types=["full_attention"], full_attention_rope=rope)
         error = relative_error(model(shuffled).logits[:, -1], model(ids).logits[:, -1])
         assert error > 0.01 if rope else error <= OTHER_ORDER
+
+
+def test_what_a_step_needs_for_its_gradients_is_not_written_to_by_the_next():
+    state, factor = RecurrentState(in_place=True), torch.ones(2, requires_grad=True)
+    for value in (3.0, 5.0):
+        state.store(torch.full((2,), value))
+        state.commit(None)
+        loss = (factor * state.read()).sum()
+    state.store(torch.zeros(2))
+    state.commit(None)
+    loss.backward()
+    assert factor.grad.tolist() == [5.0, 5.0] and state.read().tolist() == [0.0, 0.0]
