@@ -1,6 +1,6 @@
 """
-Linear layers on a CPU. PyTorch leaves products in fp32 to MKL, which on processors that are not Intel's runs at less
-than half of what oneDNN reaches there (110 and 250 GFLOP/s of one Zen 5 core). PyTorch brings both along.
+Linear layers on a CPU. PyTorch leaves products in fp32 to MKL, which is slower than oneDNN on processors that are not
+Intel's. PyTorch brings both along.
 """
 
 from collections.abc import Iterable

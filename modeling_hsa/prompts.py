@@ -58,6 +58,11 @@ class PromptReader:
         total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
         prompt, past = input_ids if embeds is None else embeds, cache.get_seq_length()
         if embeds is not None or prompt.shape[1] == total:  # the cached tokens too, not only the new ones
+            if prompt.shape[1] == 0:
+                raise ValueError(
+                    "The prompt has no tokens, so there is nothing to go on from. Pass at least one, like that which "
+                    "begins a text."
+                )
             if past >= prompt.shape[1]:
                 raise ValueError(
                     f"`past_key_values` holds {past} tokens, but the prompt has {prompt.shape[1]}: none is left to "

@@ -412,6 +412,11 @@ def test_a_prompt_that_the_cache_holds_already_is_refused(model, length, with_ma
     assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
 
 
+def test_a_prompt_without_tokens_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="The prompt has no tokens"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), **GREEDY)
+
+
 @pytest.mark.parametrize("masked", [0, 3])
 def test_a_mask_that_fits_neither_all_tokens_nor_the_new_ones_is_refused(model, masked):
     ids = random_ids(1, 30)
